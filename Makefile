@@ -1,0 +1,59 @@
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.posttrain-setup
+# Everything that `make generate` writes, and nothing else.
+GENERATED := crds docs/reasons.md docs/trainingrun.md operator/posttrain/api/tables
+
+export UV_COMPILE_BYTECODE := 1
+export UV_PYTHON_DOWNLOADS := never
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test test-unit test-workloads generate verify quickstart clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with the posttrain command and the development tools
+
+# uv comes by pip first, in the version that uv.lock names; from then on the lock rules all of .venv.
+$(STAMP): pyproject.toml uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "posttrain needs Python 3.11 or newer, and %s is older: make setup PYTHON=python3.12" % sys.executable)'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "uv==$$(awk '/^name = "uv"$$/ {getline; gsub(/[^0-9.]/, ""); print}' uv.lock)"
+	$(VENV)/bin/uv sync --locked --extra cli
+	@touch $@
+
+check: setup ## Lint, formatting, types, import rules
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: setup ## Run every test (PYTEST_ARGS="-k name" for some)
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+test-unit: setup ## Run the tests that need no trainer environment
+	$(VENV)/bin/pytest -m "not workloads" $(PYTEST_ARGS)
+
+test-workloads: setup ## Run the tests in the trainer environment
+	$(VENV)/bin/pytest -m workloads $(PYTEST_ARGS)
+
+generate: setup ## Write the generated files anew: CRDs, their reference, argument tables
+	$(PY) -m posttrain.crds
+	$(PY) scripts/generate_tables.py
+
+verify: generate ## Fail if a generated file differs from the committed one
+	git diff --exit-code -- $(GENERATED)
+	@new="$$(git ls-files --others --exclude-standard -- $(GENERATED))"; \
+	  [ -z "$$new" ] || { echo "generated, but not committed:"; echo "$$new"; exit 1; }
+
+quickstart: setup ## Fine-tune a small real model on this machine
+	$(PY) examples/quickstart/make_inputs.py
+	$(VENV)/bin/posttrain run examples/quickstart/trainingrun.yaml
+
+clean: ## Remove .venv, caches and builds; runs under .posttrain stay
+	rm -rf $(VENV) dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.posttrain -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

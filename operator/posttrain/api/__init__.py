@@ -1,0 +1,1 @@
+"""The custom resources: the only schema there is. Pure."""

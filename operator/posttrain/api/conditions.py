@@ -1,0 +1,77 @@
+"""Conditions: the part of a status that people and tools wait for.
+
+It owns the shape of a condition and how a list of them changes; it must not decide when one holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Literal
+
+from posttrain.api.base import StatusModel, Time
+
+ConditionStatus = Literal["True", "False", "Unknown"]
+
+ACCEPTED = "Accepted"
+PREPARED = "Prepared"
+PODS_READY = "PodsReady"
+SUCCEEDED = "Succeeded"
+FINISHED = "Finished"
+READY = "Ready"
+STALLED = "Stalled"
+
+TRAINING_RUN_CONDITIONS = (ACCEPTED, PREPARED, PODS_READY, SUCCEEDED, FINISHED, READY, STALLED)
+"""Every condition of a TrainingRun, in the order in which they are shown; all are present from the first plan."""
+
+MESSAGE_MAX_LENGTH = 2048
+
+
+class Condition(StatusModel):
+    """One condition, as in Kubernetes' metav1.Condition."""
+
+    type: str
+    """What it is about."""
+    status: ConditionStatus
+    """Whether it holds."""
+    reason: str
+    """One of docs/reasons.md."""
+    message: str = ""
+    """What a person should know."""
+    last_transition_time: Time
+    """When status last changed."""
+    observed_generation: int | None = None
+    """Generation of the spec that it is about."""
+
+
+def find_condition(conditions: Iterable[Condition] | None, type_: str) -> Condition | None:
+    """Return the condition of that type, or None."""
+    return next((c for c in conditions or () if c.type == type_), None)
+
+
+def is_true(conditions: Iterable[Condition] | None, type_: str) -> bool:
+    """Return whether the condition of that type is there and True."""
+    condition = find_condition(conditions, type_)
+    return condition is not None and condition.status == "True"
+
+
+def next_condition(
+    previous: Condition | None,
+    *,
+    type_: str,
+    status: ConditionStatus,
+    reason: str,
+    message: str,
+    now: datetime,
+    observed_generation: int | None,
+) -> Condition:
+    """Return the condition as it should read now; its transition time moves only when the status does."""
+    unchanged = previous is not None and previous.status == status
+    return Condition(
+        type=type_,
+        status=status,
+        reason=reason,
+        message=message[:MESSAGE_MAX_LENGTH],
+        last_transition_time=previous.last_transition_time if unchanged and previous else now,
+        observed_generation=observed_generation,
+    )

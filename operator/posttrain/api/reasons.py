@@ -1,0 +1,272 @@
+"""The catalogue of reasons: every word that a condition, a failure or an exit gives as its cause.
+
+It owns the words, what they mean and what a person can do; it must not decide which of them applies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """A reason: its CamelCase name, what it says, and what to do about it."""
+
+    name: str
+    message: str
+    advice: str = ""
+
+    @property
+    def anchor(self) -> str:
+        """Anchor of the reason in docs/reasons.md."""
+        return self.name.lower()
+
+
+_CATALOGUE = (
+    # On the way
+    Reason(name="Pending", message="Nothing has been looked at yet."),
+    Reason(name="InProgress", message="The run is on its way."),
+    Reason(name="Accepted", message="The spec is valid and its references resolve."),
+    Reason(name="Preparing", message="Inputs are being checked and fetched."),
+    Reason(name="Prepared", message="Checks passed, inputs fetched."),
+    Reason(name="PrepareDisabled", message="spec.prepare.enabled is false: nothing was checked beforehand."),
+    Reason(name="DryRun", message="spec.prepare.dryRun is true: the run ended after its checks."),
+    Reason(name="PodsStarting", message="The gang's pods are starting."),
+    Reason(name="AllPodsRunning", message="Every pod of the gang runs."),
+    Reason(name="Restarting", message="The gang is being restarted."),
+    Reason(
+        name="Suspended",
+        message="spec.suspend is true.",
+        advice="Set spec.suspend to false to go on from the latest checkpoint.",
+    ),
+    Reason(name="Completed", message="The run is complete."),
+    # The spec and what it refers to
+    Reason(
+        name="InvalidSpec",
+        message="The spec is not valid.",
+        advice="Change the fields named in the message and apply the resource again.",
+    ),
+    Reason(
+        name="SpecChanged",
+        message="The spec is not the one this run was accepted with.",
+        advice="Give the changed run another name, or delete this one first.",
+    ),
+    Reason(
+        name="NameConflict",
+        message="An object with a child's name exists and is not this run's.",
+        advice="Rename the run, or delete the object that is named.",
+    ),
+    Reason(
+        name="ReferencePending",
+        message="Something that the spec refers to does not exist yet.",
+        advice="Create the object that is named; the run goes on by itself.",
+    ),
+    Reason(
+        name="ModelNotFound",
+        message="The model does not exist or cannot be read.",
+        advice="Check spec.model.source and revision.",
+    ),
+    Reason(
+        name="DatasetNotFound",
+        message="A dataset does not exist or cannot be read.",
+        advice="Check the source, config, split and revision that are named.",
+    ),
+    Reason(
+        name="StorageHoldsAnotherRun",
+        message="The storage holds the results of another spec under the same name.",
+        advice="Give the run another name, or remove the folder that is named.",
+    ),
+    # Prepare
+    Reason(
+        name="PrepareFailed",
+        message="Prepare found problems.",
+        advice="Every problem is listed in the message with its fix.",
+    ),
+    Reason(
+        name="DatasetColumnMissing",
+        message="A column that is needed is not in the data.",
+        advice="Rename a column with datasets[].rename, or choose other data.",
+    ),
+    Reason(
+        name="DatasetColumnsDiffer",
+        message="The members of the mixture have different columns.",
+        advice="Select the common ones with datasets[].columns.",
+    ),
+    Reason(
+        name="DatasetRowsInvalid",
+        message="Some rows of the data cannot be trained on.",
+        advice="Mend or remove the rows of which the message shows the first.",
+    ),
+    Reason(name="DatasetEmpty", message="No row is left to train on."),
+    Reason(
+        name="TokenizerMissing",
+        message="The model has no tokenizer.",
+        advice="Use a model folder that has tokenizer files.",
+    ),
+    Reason(
+        name="ChatTemplateMissing",
+        message="Messages need a chat template and the tokenizer has none.",
+        advice="Set spec.model.chatTemplate.",
+    ),
+    Reason(
+        name="UnsafeWeights",
+        message="The model has only pickled weights.",
+        advice="Convert them to safetensors; posttrain does not unpickle.",
+    ),
+    Reason(
+        name="GatedModel",
+        message="The model or dataset is gated.",
+        advice="Ask for access on the Hub and set spec.access.hubTokenSecretRef.",
+    ),
+    Reason(
+        name="HubAuthenticationFailed",
+        message="The Hub refused the token.",
+        advice="Renew the token in the Secret that spec.access.hubTokenSecretRef names.",
+    ),
+    Reason(
+        name="HubUnreachable",
+        message="The Hub did not answer.",
+        advice="Check the network and spec.access.hubEndpoint, or use pvc:// sources.",
+    ),
+    Reason(
+        name="PackageMissing",
+        message="A package that spec.sft.args implies is not in the image.",
+        advice="Use an image that has it (spec.podOverrides.image), or change the key that is named.",
+    ),
+    Reason(
+        name="CodeImportFailed",
+        message="Own code does not import.",
+        advice="The last lines of the traceback are in the message.",
+    ),
+    Reason(
+        name="BatchNotDivisible",
+        message="The batch sizes do not fit together.",
+        advice="Change the keys that are named.",
+    ),
+    Reason(
+        name="EstimateExceedsMemory",
+        message="The estimate exceeds the GPU's memory.",
+        advice="Shorten max_length, lower per_device_train_batch_size, use gradient_checkpointing, ZeRO3, "
+        "offload or LoRA.",
+    ),
+    Reason(
+        name="ConfigInvalid",
+        message="The trainer refuses its configuration.",
+        advice="Change the key that is named in the message.",
+    ),
+    # Waiting
+    Reason(
+        name="Unschedulable",
+        message="No node has room for a pod.",
+        advice="Wait, or ask for less in spec.resources.",
+    ),
+    Reason(
+        name="ImagePullFailed",
+        message="An image cannot be pulled.",
+        advice="Check the image's name and spec.podOverrides.imagePullSecrets.",
+    ),
+    Reason(
+        name="VolumePending",
+        message="A volume is not bound or cannot be mounted.",
+        advice="Check the claim and its storage class.",
+    ),
+    # Ends
+    Reason(
+        name="DeadlineExceeded",
+        message="The run took longer than spec.activeDeadlineSeconds.",
+        advice="Raise it: the field may be changed while the run lives.",
+    ),
+    Reason(
+        name="PendingDeadlineExceeded",
+        message="The gang waited longer than spec.pendingDeadlineSeconds for its pods.",
+        advice="Ask for less, or raise the deadline.",
+    ),
+    Reason(
+        name="RestartBudgetSpent",
+        message="The restart budget is spent.",
+        advice="Mend the cause that is named, or raise the budget in spec.restarts.",
+    ),
+    Reason(
+        name="ProgressStalled",
+        message="Nothing was heard of the gang for spec.restarts.progressDeadlineSeconds.",
+        advice="Look at the logs of the rank that reported last; raise the deadline if a phase really takes that long.",
+    ),
+    Reason(
+        name="NonFiniteLoss",
+        message="A loss or gradient norm was not finite.",
+        advice="Lower the learning rate, raise warm-up, check the data at the step that is named.",
+    ),
+    Reason(
+        name="CudaOutOfMemory",
+        message="A GPU ran out of memory.",
+        advice="Lower per_device_train_batch_size or max_length, use gradient_checkpointing, ZeRO3, offload or LoRA.",
+    ),
+    Reason(
+        name="HostOutOfMemory",
+        message="A container ran out of memory.",
+        advice="Raise spec.resources.memory, lower dataloader_num_workers, or keep less on the CPU "
+        "(parallelism.offload).",
+    ),
+    Reason(
+        name="NcclTimeout",
+        message="A collective operation timed out.",
+        advice="Another rank failed or hangs: see the first error; else check the network between the nodes.",
+    ),
+    Reason(
+        name="RankKilled",
+        message="A rank was killed from outside.",
+        advice="Usually the node's or the administrator's doing; the run restarts on its infrastructure budget.",
+    ),
+    Reason(
+        name="PeerLost",
+        message="A rank lost its connection to another one.",
+        advice="The other rank's end is the cause: see the pod that failed first.",
+    ),
+    Reason(
+        name="RankCrashed",
+        message="A rank ended by a signal of its own.",
+        advice="A crash in native code: see the log of the rank.",
+    ),
+    Reason(name="Terminated", message="The pod was told to stop."),
+    Reason(
+        name="WorldSizeMismatch",
+        message="The number of ranks that met is not the number planned.",
+        advice="The pods' PET_* variables are missing or changed: look for what edits the pods.",
+    ),
+    Reason(name="StrategyMismatch", message="The ranks run another parallelism than planned."),
+    Reason(
+        name="CheckpointCorrupt",
+        message="No checkpoint passed its verification.",
+        advice="Start anew under another name, or restore the storage.",
+    ),
+    Reason(
+        name="CheckpointUnusable",
+        message="The newest checkpoint cannot be resumed with this gang.",
+        advice="Use the number of ranks that the checkpoint was written with.",
+    ),
+    Reason(
+        name="DiskFull",
+        message="The storage is full.",
+        advice="Enlarge the claim, or keep fewer checkpoints (checkpoints.keepLast).",
+    ),
+    Reason(name="PodDeleted", message="A pod of the gang was deleted or replaced."),
+    Reason(name="NodeLost", message="The node of a pod is gone."),
+    Reason(name="Evicted", message="A pod was evicted."),
+    Reason(name="JobDeleted", message="The attempt's job was deleted by somebody else."),
+    Reason(
+        name="TrainingFailed",
+        message="The training program failed.",
+        advice="The error is in the message; the whole traceback is in the log of the rank.",
+    ),
+)
+
+REASONS: dict[str, Reason] = {reason.name: reason for reason in _CATALOGUE}
+
+CONSEQUENCES = frozenset({"Terminated", "PeerLost"})
+"""Ends that follow from another's: never the cause, however early they are."""
+
+
+def advice_for(name: str) -> str:
+    """Return what a person can do about the reason; empty for an unknown one."""
+    reason = REASONS.get(name)
+    return reason.advice if reason else ""

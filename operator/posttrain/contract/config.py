@@ -1,0 +1,113 @@
+"""`config.json`: everything that an attempt's processes need to know, resolved.
+
+It owns what the operator hands to a workload; it must not hold a path of any machine, an address or a secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.api.base import JsonObject
+from posttrain.api.training_run import MUTABLE_CHECKPOINT_FIELDS, MUTABLE_FIELDS, TrainingRunSpec
+
+
+class ContractModel(BaseModel):
+    """A frozen part of the contract; an unknown key means that the two sides are of different versions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HubSource(ContractModel):
+    """A repository on the Hub; `revision` is a commit once prepare has resolved it."""
+
+    kind: Literal["Hub"] = "Hub"
+    repo: str
+    revision: str
+
+
+class MountedSource(ContractModel):
+    """A file or folder inside a named mount."""
+
+    kind: Literal["Mounted"] = "Mounted"
+    mount: str
+    path: str
+
+
+ResolvedSource = Annotated[HubSource | MountedSource, Field(discriminator="kind")]
+
+
+class RunIdentity(ContractModel):
+    """Which resource the attempt belongs to."""
+
+    kind: str
+    namespace: str
+    name: str
+
+
+class GangShape(ContractModel):
+    """How many processes there must be: each rank asserts it."""
+
+    num_nodes: int
+    processes_per_node: int
+    gpus_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole gang."""
+        return self.num_nodes * self.processes_per_node
+
+
+class TrainingConfig(ContractModel):
+    """The config of one attempt of a TrainingRun, and (attempt 0) of its prepare pod.
+
+    `args` are the coerced keys of TRL's class; what the platform owns is set by the workload from the other fields.
+    """
+
+    schema_version: Literal[1] = 1
+    run: RunIdentity
+    attempt: int
+    method: Literal["sft"]
+    config_hash: str
+    spec: TrainingRunSpec
+    args: JsonObject
+    model: ResolvedSource
+    datasets: tuple[ResolvedSource, ...]
+    eval_datasets: tuple[ResolvedSource, ...]
+    gang: GangShape
+    gpu_memory_bytes: int | None = None
+    gpu_name: str | None = None
+
+    def to_json(self) -> str:
+        """Return the text of config.json."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingConfig:
+        """Read config.json.
+
+        Raises:
+            pydantic.ValidationError: it is not of this schema.
+        """
+        return cls.model_validate_json(text)
+
+
+def immutable_spec(spec: TrainingRunSpec) -> dict[str, Any]:
+    """Return the part of a spec that must not change while the run lives, as JSON data."""
+    data = {key: value for key, value in spec.to_data().items() if key not in MUTABLE_FIELDS}
+    data["checkpoints"] = {
+        key: value for key, value in data["checkpoints"].items() if key not in MUTABLE_CHECKPOINT_FIELDS
+    }
+    return data
+
+
+def config_hash(spec: TrainingRunSpec) -> str:
+    """Return the hash that a run is accepted with: of the immutable part, after coercion, hence of equal meaning.
+
+    The spec's `args` must have been coerced (`posttrain.api.args.coerce_args`).
+    """
+    text = json.dumps(immutable_spec(spec), sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Decisions: from a run and the observed facts to what ought to be. Pure."""

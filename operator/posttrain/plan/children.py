@@ -1,0 +1,116 @@
+"""Which objects a run consists of at each point: the ones of the run, of prepare, of one attempt.
+
+It owns the sets and their order; it must not decide when they are wanted.
+"""
+
+from __future__ import annotations
+
+from posttrain.contract.config import GangShape, RunIdentity, TrainingConfig
+from posttrain.plan import names
+from posttrain.plan.deepspeed import STAGES, build_deepspeed_config
+from posttrain.plan.objects import (
+    build_claim,
+    build_code_config_map,
+    build_config_map,
+    build_network_policy,
+    build_service_account,
+    code_items,
+)
+from posttrain.plan.prepare_job import build_prepare_job, prepare_ref
+from posttrain.plan.pytorchjob import build_pytorchjob, job_ref
+from posttrain.plan.quantities import parse_quantity
+from posttrain.plan.situation import CONFIG_MAP, Situation
+from posttrain.plan.trainer_pod import PodInputs
+from posttrain.plan.types import Manifest, ObjectRef
+
+
+def run_children(situation: Situation) -> tuple[Manifest, ...]:
+    """Return what a run has from its acceptance to its end, in apply order."""
+    run = situation.run
+    children = []
+    if run.spec.access.service_account_name is None:
+        children.append(build_service_account(run))
+    if run.spec.checkpoints.storage.claim_name is None:
+        children.append(build_claim(run))
+    children.append(build_network_policy(run))
+    if situation.code is not None:
+        children.append(build_code_config_map(run, files=situation.code))
+    return tuple(children)
+
+
+def prepare_children(situation: Situation) -> tuple[Manifest, ...]:
+    """Return prepare's ConfigMap and Job."""
+    attempt = names.PREPARE_ATTEMPT
+    config_map = build_config_map(
+        situation.run,
+        name=names.prepare_name(situation.name),
+        config=_config(situation, attempt=attempt),
+        deepspeed=None,
+    )
+    return config_map, build_prepare_job(_pod_inputs(situation, attempt=attempt))
+
+
+def prepare_refs(situation: Situation) -> tuple[ObjectRef, ...]:
+    """Return the references to prepare's Job and ConfigMap."""
+    return prepare_ref(situation.name), ObjectRef(*CONFIG_MAP, names.prepare_name(situation.name))
+
+
+def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
+    """Return the ConfigMap and the PyTorchJob of the current attempt."""
+    spec, attempt = situation.spec, situation.attempt
+    zero = spec.parallelism.strategy in STAGES
+    config_map = build_config_map(
+        situation.run,
+        name=names.attempt_name(situation.name, attempt=attempt),
+        config=_config(situation, attempt=attempt),
+        deepspeed=build_deepspeed_config(spec.parallelism) if zero else None,
+    )
+    return config_map, build_pytorchjob(_pod_inputs(situation, attempt=attempt))
+
+
+def child_refs(situation: Situation) -> frozenset[ObjectRef]:
+    """Return the references to every child that the run has now or next."""
+    attempt = max(situation.attempt, 1)
+    refs = {ObjectRef.of(child) for child in run_children(situation)}
+    refs |= {*prepare_refs(situation), job_ref(situation.name, attempt=attempt)}
+    refs.add(ObjectRef(*CONFIG_MAP, names.attempt_name(situation.name, attempt=attempt)))
+    return frozenset(refs)
+
+
+def _pod_inputs(situation: Situation, *, attempt: int) -> PodInputs:
+    restarts = situation.status.restarts
+    files = situation.code
+    return PodInputs(
+        run=situation.run,
+        settings=situation.settings,
+        profile=situation.profile,
+        image=situation.image,
+        attempt=attempt,
+        sources=situation.sources,
+        code=code_items(files or {}) if situation.run.spec.code is not None else None,
+        avoided_nodes=tuple(restarts.avoided_nodes or ()) if restarts else (),
+    )
+
+
+def _config(situation: Situation, *, attempt: int) -> TrainingConfig:
+    run, spec, profile = situation.run, situation.spec, situation.profile
+    resources = spec.resources
+    memory = profile.gpu_memory if resources.gpus_per_node else None
+    return TrainingConfig(
+        run=RunIdentity(kind=run.kind, namespace=run.metadata.namespace, name=situation.name),
+        attempt=attempt,
+        method="sft",
+        config_hash=situation.config_hash,
+        spec=spec,
+        args=spec.sft.args,
+        model=situation.sources["model"],
+        datasets=tuple(situation.sources[f"datasets/{i}"] for i in range(len(spec.datasets))),
+        eval_datasets=tuple(situation.sources[f"evalDatasets/{i}"] for i in range(len(spec.eval_datasets))),
+        gang=GangShape(
+            num_nodes=resources.num_nodes,
+            processes_per_node=resources.ranks_per_node,
+            gpus_per_node=resources.gpus_per_node,
+        ),
+        gpu_memory_bytes=int(parse_quantity(memory)) if memory is not None else None,
+        gpu_name=profile.gpu_name if resources.gpus_per_node else None,
+    )

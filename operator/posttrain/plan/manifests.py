@@ -1,0 +1,81 @@
+"""What a plan reads of observed objects and pods.
+
+It owns the way into Kubernetes' JSON; it must not judge what it finds there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from posttrain.plan import labels
+from posttrain.plan.types import Manifest
+
+_SILENCE = timedelta(seconds=120)
+_LIVE_PHASES = frozenset({"Pending", "Running", "Unknown"})
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """Return the time in an RFC 3339 text, or None for none."""
+    return datetime.fromisoformat(text) if text else None
+
+
+def is_being_deleted(manifest: Mapping[str, Any]) -> bool:
+    """Return whether somebody has asked for the object's deletion already."""
+    return manifest["metadata"].get("deletionTimestamp") is not None
+
+
+def pod_phase(pod: Mapping[str, Any]) -> str:
+    """Return a pod's phase; a pod that no kubelet has seen is Pending."""
+    return str((pod.get("status") or {}).get("phase") or "Pending")
+
+
+def silent_from(pod: Mapping[str, Any]) -> datetime | None:
+    """Return when a pod that is being deleted counts as gone although it is still listed.
+
+    `deletionTimestamp` already includes the grace period. A kubelet that is alive is done soon after it; that of a
+    lost node never is, and would hold the run for as long as the node's object exists.
+    """
+    deleted = parse_time(pod["metadata"].get("deletionTimestamp"))
+    return deleted + _SILENCE if deleted is not None else None
+
+
+def is_live(pod: Mapping[str, Any], *, now: datetime) -> bool:
+    """Return whether a pod's containers may still run."""
+    silent = silent_from(pod)
+    return pod_phase(pod) in _LIVE_PHASES and (silent is None or silent > now)
+
+
+def is_of_attempt(pod: Mapping[str, Any], attempt: int) -> bool:
+    """Return whether a pod belongs to that attempt's gang."""
+    own = pod["metadata"].get("labels") or {}
+    return own.get(labels.ROLE) == labels.ROLE_TRAINER and own.get(labels.ATTEMPT) == str(attempt)
+
+
+def pods_of_role(pods: Iterable[Manifest], role: str) -> tuple[Manifest, ...]:
+    """Return the pods of that role, the earliest created first."""
+    chosen = [pod for pod in pods if (pod["metadata"].get("labels") or {}).get(labels.ROLE) == role]
+    return tuple(sorted(chosen, key=lambda p: (p["metadata"].get("creationTimestamp") or "", p["metadata"]["name"])))
+
+
+def node_name(pod: Mapping[str, Any]) -> str | None:
+    """Return the node that a pod is bound to."""
+    return (pod.get("spec") or {}).get("nodeName")
+
+
+def container_status(pod: Mapping[str, Any], container: str) -> dict[str, Any]:
+    """Return the status of one container; empty where there is none yet."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or ()
+    return next((dict(status) for status in statuses if status.get("name") == container), {})
+
+
+def terminated_state(pod: Mapping[str, Any], container: str) -> dict[str, Any] | None:
+    """Return `state.terminated` of one container (exitCode, reason, message, finishedAt), or None before its end."""
+    return (container_status(pod, container).get("state") or {}).get("terminated")
+
+
+def pod_condition(pod: Mapping[str, Any], type_: str) -> dict[str, Any] | None:
+    """Return the pod's condition of that type."""
+    conditions = (pod.get("status") or {}).get("conditions") or ()
+    return next((dict(condition) for condition in conditions if condition.get("type") == type_), None)

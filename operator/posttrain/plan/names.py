@@ -1,0 +1,62 @@
+"""The names of a run's children.
+
+It owns how a child's name follows from the run's; it must not build the children.
+"""
+
+from __future__ import annotations
+
+import re
+
+from posttrain.api.base import GROUP
+
+PREPARE_ATTEMPT = 0
+"""The number under which prepare reports; attempts of the gang count from 1."""
+
+_ATTEMPT = re.compile(r"^(?P<run>.+)-a(?P<attempt>[1-9][0-9]*)$")
+
+
+def service_account_name(run: str) -> str:
+    """Return the name of the run's service account."""
+    return run
+
+
+def claim_name(run: str) -> str:
+    """Return the name of the claim made for the run."""
+    return run
+
+
+def network_policy_name(run: str) -> str:
+    """Return the name of the run's network policy."""
+    return run
+
+
+def code_name(run: str) -> str:
+    """Return the name of the ConfigMap that holds the snapshot of the run's own code."""
+    return f"{run}-code"
+
+
+def prepare_name(run: str) -> str:
+    """Return the name of prepare's Job and of its ConfigMap."""
+    return f"{run}-prepare"
+
+
+def attempt_name(run: str, *, attempt: int) -> str:
+    """Return the name of an attempt's PyTorchJob and of its ConfigMap."""
+    return f"{run}-a{attempt}"
+
+
+def attempt_of(run: str, *, name: str) -> int | None:
+    """Return the attempt that a child of that name belongs to, or None for any other child."""
+    match = _ATTEMPT.match(name)
+    return int(match["attempt"]) if match and match["run"] == run else None
+
+
+def pod_name(run: str, *, attempt: int, node: int) -> str:
+    """Return the name that the training operator gives to the pod of a node of the gang."""
+    job = attempt_name(run, attempt=attempt)
+    return f"{job}-master-0" if node == 0 else f"{job}-worker-{node - 1}"
+
+
+def resource_path(*, namespace: str, run: str) -> str:
+    """Return the path of the run on the progress server; the token's audience is the same text."""
+    return f"apis/{GROUP}/v1alpha1/namespaces/{namespace}/trainingruns/{run}"

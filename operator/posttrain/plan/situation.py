@@ -1,0 +1,164 @@
+"""Everything a decision looks at: the run, what is observed of it, and the time, in one frozen value.
+
+It owns what follows from these without deciding anything; it must not decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+
+from posttrain.api.args import coerce_args, load_table
+from posttrain.api.training_run import Progress, ProvenanceStatus, TrainingRun, TrainingRunSpec, TrainingRunStatus
+from posttrain.contract.config import ResolvedSource, config_hash
+from posttrain.errors import Problem
+from posttrain.plan import labels, names, sources
+from posttrain.plan.attempts import Gang
+from posttrain.plan.checks import find_spec_problems
+from posttrain.plan.manifests import is_live, is_of_attempt, pods_of_role
+from posttrain.plan.objects import code_files
+from posttrain.plan.pytorchjob import job_ref, parse_job_state
+from posttrain.plan.types import Manifest, ObjectRef, Observed
+from posttrain.settings import Profile, Settings
+
+CONFIG_MAP = "v1", "ConfigMap"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """A run at one moment. `status` is the one written last, with the facts of this moment carried into it."""
+
+    run: TrainingRun
+    status: TrainingRunStatus
+    observed: Observed
+    now: datetime
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.run.metadata.name
+
+    @property
+    def attempt(self) -> int:
+        """The current attempt; 0 before the first."""
+        return self.status.attempt or 0
+
+    @property
+    def progress(self) -> Progress | None:
+        """What the workload told, of whatever attempt."""
+        return self.run.status.progress
+
+    @property
+    def attempt_progress(self) -> Progress | None:
+        """What the workload told of the current attempt."""
+        progress = self.progress
+        return progress if progress is not None and progress.attempt == self.attempt else None
+
+    # --- The spec ---
+
+    @cached_property
+    def problems(self) -> tuple[Problem, ...]:
+        """What is wrong with the spec."""
+        return tuple(find_spec_problems(self.run.spec, settings=self.settings))
+
+    @cached_property
+    def spec(self) -> TrainingRunSpec:
+        """The spec with its `args` coerced. Only where `problems` is empty."""
+        table = load_table("sft_config")
+        sft = self.run.spec.sft.model_copy(update={"args": coerce_args(self.run.spec.sft.args, table)})
+        return self.run.spec.model_copy(update={"sft": sft})
+
+    @cached_property
+    def config_hash(self) -> str:
+        """The hash that the spec is accepted with. Only where `problems` is empty."""
+        return config_hash(self.spec)
+
+    @property
+    def provenance(self) -> ProvenanceStatus:
+        """What is pinned so far."""
+        return self.status.provenance or ProvenanceStatus()
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The profile: as pinned by the first attempt, else as the settings have it now."""
+        if self.provenance.profile is not None:
+            return Profile.model_validate(self.provenance.profile)
+        return self.settings.profiles[self.run.spec.resources.profile or self.settings.default_profile]
+
+    @property
+    def image(self) -> str:
+        """The image of the run's pods: as pinned, else the user's, else the settings'."""
+        pinned = (self.provenance.image_digests or {}).get("trainer")
+        overrides = self.run.spec.pod_overrides
+        return pinned or (overrides.image if overrides else None) or self.settings.images.trainer
+
+    @cached_property
+    def sources(self) -> Mapping[str, ResolvedSource]:
+        """Every source, each Hub revision as a commit once that is known."""
+        provenance = self.provenance
+        commits = dict(provenance.dataset_commits or {})
+        if provenance.model_commit is not None:
+            commits["model"] = provenance.model_commit
+        return sources.resolve_all(self.run.spec, commits=commits)
+
+    @cached_property
+    def code(self) -> Mapping[str, str] | None:
+        """The files of the run's own code: of its snapshot, else of what the spec refers to; None while not there."""
+        snapshot = self.observed.objects.get(ObjectRef(*CONFIG_MAP, names.code_name(self.name)))
+        if snapshot is not None:
+            return code_files(snapshot.get("data") or {})
+        code = self.run.spec.code
+        found = self.observed.config_maps.get(code.config_map_name or code.path or "") if code else None
+        return code_files(found) if found is not None else None
+
+    # --- What is observed ---
+
+    @cached_property
+    def job(self) -> Manifest | None:
+        """The PyTorchJob of the current attempt."""
+        return self.observed.objects.get(job_ref(self.name, attempt=self.attempt))
+
+    @cached_property
+    def trainer_pods(self) -> tuple[Manifest, ...]:
+        """The pods of all attempts' gangs."""
+        return pods_of_role(self.observed.pods, labels.ROLE_TRAINER)
+
+    @cached_property
+    def live_trainer_pods(self) -> tuple[Manifest, ...]:
+        """Those that may still run, hence hold GPUs and write to the storage."""
+        return tuple(pod for pod in self.trainer_pods if is_live(pod, now=self.now))
+
+    @cached_property
+    def gang(self) -> Gang:
+        """The current attempt's gang."""
+        progress = self.attempt_progress
+        resources = self.run.spec.resources
+        return Gang(
+            run=self.name,
+            attempt=self.attempt,
+            size=resources.num_nodes,
+            ranks_per_node=resources.ranks_per_node,
+            job=parse_job_state(self.job) if self.job is not None else None,
+            pods=tuple(pod for pod in self.trainer_pods if is_of_attempt(pod, self.attempt)),
+            hash_when_running=self.status.gang_hash,
+            first_error=progress.first_error if progress else None,
+            result=progress.result if progress else None,
+        )
+
+    @property
+    def was_created(self) -> bool:
+        """Whether the current attempt's job exists or has been seen."""
+        return self.job is not None or self.status.attempt_created_time is not None
+
+    @cached_property
+    def old_children(self) -> tuple[ObjectRef, ...]:
+        """Jobs and ConfigMaps of ended attempts."""
+        found = []
+        for ref in self.observed.objects:
+            attempt = names.attempt_of(self.name, name=ref.name)
+            if attempt is not None and attempt < self.attempt and ref.kind in ("PyTorchJob", "ConfigMap"):
+                found.append(ref)
+        return tuple(sorted(found, key=lambda ref: (ref.kind != "PyTorchJob", ref.name)))

@@ -1,0 +1,407 @@
+"""The pods of a run: a node of the gang, and prepare.
+
+It owns the pod spec, hence every path and variable that a workload finds; it must not know which object runs the pod.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.api.training_run import TrainingRun
+from posttrain.contract import environment
+from posttrain.contract.config import ResolvedSource
+from posttrain.plan import labels, names, sources
+from posttrain.plan.deepspeed import STAGES
+from posttrain.plan.fsdp import build_fsdp_environment
+from posttrain.plan.objects import CONFIG_FILE, DEEPSPEED_FILE
+from posttrain.plan.quantities import parse_quantity
+from posttrain.settings import Profile, Settings
+
+TRAINER_CONTAINER = "pytorch"
+"""The training operator injects the rendezvous into the container of this name, and its webhook asks for one."""
+PREPARE_CONTAINER = "prepare"
+
+CONFIG_FOLDER = "/etc/posttrain"
+STORAGE_FOLDER = "/mnt/storage"
+CLAIMS_FOLDER = "/mnt/claims"
+FILES_FOLDER = "/mnt/files"
+CODE_FOLDER = "/code"
+RUNTIME_FOLDER = "/run/posttrain"
+ACCESS_FOLDER = "/var/run/posttrain"
+SHARED_MEMORY_FOLDER = "/dev/shm"
+TERMINATION_FILE = "/dev/termination-log"
+
+_USER_ID = 10001
+"""The user of the images; the volumes' group too."""
+_TOKEN_SECONDS = 3600
+_RUNTIME_SIZE = "64Mi"
+
+_RESERVED_ENV_PREFIXES = ("POSTTRAIN_", "KUBEFLOW_TRAINER_", "PET_", "ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_")
+_RESERVED_ENV = frozenset(
+    {
+        "DISABLE_KUBEFLOW_INTEGRATION",
+        "GROUP_RANK",
+        "HF_ENDPOINT",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "HF_TOKEN",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "OMP_NUM_THREADS",
+        "PYTHONPATH",
+        "PYTHONUNBUFFERED",
+        "RANK",
+        "TOKENIZERS_PARALLELISM",
+        "WORLD_SIZE",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PodInputs:
+    """Everything that the pods of one attempt are made from."""
+
+    run: TrainingRun
+    settings: Settings
+    profile: Profile
+    image: str
+    attempt: int
+    sources: Mapping[str, ResolvedSource]
+    code: list[dict[str, str]] | None
+    """`items` of the code volume (empty: whatever the ConfigMap holds); None without own code."""
+    avoided_nodes: tuple[str, ...] = ()
+
+
+def is_reserved_variable(name: str) -> bool:
+    """Return whether the platform sets the environment variable, so that a user may not."""
+    return name in _RESERVED_ENV or name.startswith(_RESERVED_ENV_PREFIXES)
+
+
+def build_trainer_template(inputs: PodInputs) -> dict[str, Any]:
+    """Return the pod template of every node of the gang."""
+    run, profile = inputs.run, inputs.profile
+    overrides = run.spec.pod_overrides
+    own_labels = labels.pod_labels(run.metadata.name, attempt=inputs.attempt, role=labels.ROLE_TRAINER)
+    metadata: dict[str, Any] = {"labels": {**(overrides.labels or {} if overrides else {}), **own_labels}}
+    if overrides and overrides.annotations:
+        metadata["annotations"] = dict(overrides.annotations)
+    shared_memory = run.spec.resources.shared_memory or profile.shared_memory or _memory(inputs)
+    spec = _pod_spec(
+        inputs,
+        container={
+            "name": TRAINER_CONTAINER,
+            "image": inputs.image,
+            "command": ["python", "-m", "posttrain_workloads.launch", "sft"],
+            "env": [*_trainer_env(inputs), *_common_env(inputs), *_user_env(inputs)],
+            "resources": _trainer_resources(inputs),
+            "securityContext": _container_security(add=("IPC_LOCK",) if profile.allow_ipc_lock else ()),
+        },
+        env_from=_secret_env(inputs),
+        volumes=[{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}],
+        mounts=[{"name": "dshm", "mountPath": SHARED_MEMORY_FOLDER}],
+    )
+    return {"metadata": metadata, "spec": {**spec, **_placement(inputs)}}
+
+
+def build_prepare_template(inputs: PodInputs) -> dict[str, Any]:
+    """Return the pod template of prepare: a CPU pod that no profile and no override touches."""
+    resources = {"cpu": inputs.settings.prepare_cpu, "memory": inputs.settings.prepare_memory}
+    spec = _pod_spec(
+        inputs,
+        container={
+            "name": PREPARE_CONTAINER,
+            "image": inputs.image,
+            "command": ["python", "-m", "posttrain_workloads.launch", "prepare"],
+            "env": [_variable("OMP_NUM_THREADS", str(_threads(resources["cpu"], ranks=1))), *_common_env(inputs)],
+            "resources": {"limits": resources, "requests": resources},
+            "securityContext": _container_security(),
+        },
+        env_from=[],
+        volumes=[],
+        mounts=[],
+    )
+    own_labels = labels.pod_labels(inputs.run.metadata.name, attempt=inputs.attempt, role=labels.ROLE_PREPARE)
+    return {"metadata": {"labels": own_labels}, "spec": {**spec, "restartPolicy": "Never"}}
+
+
+# --- The pod ---------------------------------------------------------------------------------------------------------
+
+
+def _pod_spec(
+    inputs: PodInputs,
+    *,
+    container: dict[str, Any],
+    env_from: list[dict[str, Any]],
+    volumes: list[dict[str, Any]],
+    mounts: list[dict[str, Any]],
+) -> dict[str, Any]:
+    run = inputs.run
+    overrides = run.spec.pod_overrides
+    spec: dict[str, Any] = {
+        "serviceAccountName": run.spec.access.service_account_name or names.service_account_name(run.metadata.name),
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": inputs.settings.termination_grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": _USER_ID,
+            "runAsGroup": _USER_ID,
+            "fsGroup": _USER_ID,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [
+            {
+                **container,
+                **({"envFrom": env_from} if env_from else {}),
+                "terminationMessagePath": TERMINATION_FILE,
+                "terminationMessagePolicy": "File",
+                "volumeMounts": [*_mounts(inputs), *mounts],
+            }
+        ],
+        "volumes": [*_volumes(inputs), *volumes],
+    }
+    if overrides and overrides.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in overrides.image_pull_secrets]
+    return spec
+
+
+def _container_security(*, add: tuple[str, ...] = ()) -> dict[str, Any]:
+    capabilities: dict[str, Any] = {"drop": ["ALL"]}
+    if add:
+        capabilities["add"] = list(add)
+    return {"allowPrivilegeEscalation": False, "capabilities": capabilities}
+
+
+def _volumes(inputs: PodInputs) -> list[dict[str, Any]]:
+    run = inputs.run
+    name = run.metadata.name
+    config = names.attempt_name(name, attempt=inputs.attempt) if inputs.attempt else names.prepare_name(name)
+    claim = run.spec.checkpoints.storage.claim_name or names.claim_name(name)
+    progress_server = inputs.settings.progress_server
+    volumes: list[dict[str, Any]] = [
+        {"name": "config", "configMap": {"name": config}},
+        {"name": "storage", "persistentVolumeClaim": {"claimName": claim}},
+        {"name": "runtime", "emptyDir": {"medium": "Memory", "sizeLimit": _RUNTIME_SIZE}},
+        {
+            "name": "access",
+            "projected": {
+                "sources": [
+                    {
+                        "serviceAccountToken": {
+                            "path": "token",
+                            "audience": names.resource_path(namespace=run.metadata.namespace, run=name),
+                            "expirationSeconds": _TOKEN_SECONDS,
+                        }
+                    },
+                    {
+                        "configMap": {
+                            "name": progress_server.ca_config_map,
+                            "items": [{"key": "ca.crt", "path": "ca.crt"}],
+                        }
+                    },
+                ]
+            },
+        },
+    ]
+    for read in sources.read_claims(inputs.sources):
+        volume = {"claimName": read, "readOnly": True}
+        volumes.append({"name": _volume_name(read), "persistentVolumeClaim": volume})
+    if sources.reads_files(inputs.sources):
+        volumes.append({"name": sources.FILES_MOUNT, "hostPath": {"path": "/", "type": "Directory"}})
+    if inputs.code is not None:
+        items = {"items": inputs.code} if inputs.code else {}
+        volumes.append({"name": "code", "configMap": {"name": names.code_name(name), **items}})
+    return volumes
+
+
+def _mounts(inputs: PodInputs) -> list[dict[str, Any]]:
+    mounts: list[dict[str, Any]] = [
+        {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
+        {"name": "storage", "mountPath": STORAGE_FOLDER, "subPath": inputs.run.metadata.name},
+        {"name": "runtime", "mountPath": RUNTIME_FOLDER},
+        {"name": "access", "mountPath": ACCESS_FOLDER, "readOnly": True},
+    ]
+    for read in sources.read_claims(inputs.sources):
+        mounts.append({"name": _volume_name(read), "mountPath": f"{CLAIMS_FOLDER}/{read}", "readOnly": True})
+    if sources.reads_files(inputs.sources):
+        mounts.append({"name": sources.FILES_MOUNT, "mountPath": FILES_FOLDER, "readOnly": True})
+    if inputs.code is not None:
+        mounts.append({"name": "code", "mountPath": CODE_FOLDER, "readOnly": True})
+    return mounts
+
+
+def _volume_name(claim: str) -> str:
+    """Return the name of the volume of a claim that is read: a label, whatever the claim's own length."""
+    name = sources.claim_mount(claim)
+    return name if len(name) <= 63 else f"claim-{hashlib.sha256(claim.encode()).hexdigest()[:16]}"
+
+
+# --- Resources and placement -----------------------------------------------------------------------------------------
+
+
+def _memory(inputs: PodInputs) -> str:
+    return inputs.run.spec.resources.memory or inputs.profile.memory
+
+
+def _cpu(inputs: PodInputs) -> str:
+    return inputs.run.spec.resources.cpu or inputs.profile.cpu
+
+
+def _trainer_resources(inputs: PodInputs) -> dict[str, Any]:
+    resources, profile = inputs.run.spec.resources, inputs.profile
+    amounts = {"cpu": _cpu(inputs), "memory": _memory(inputs)}
+    if resources.gpus_per_node:
+        amounts[profile.gpu_resource] = str(resources.gpus_per_node)
+    amounts |= {**profile.devices, **(resources.devices or {})}
+    # Requests as the limits: the kubelet evicts the pods of a node that runs out by how far they exceed their requests.
+    return {"limits": amounts, "requests": amounts}
+
+
+def _placement(inputs: PodInputs) -> dict[str, Any]:
+    profile, resources = inputs.profile, inputs.run.spec.resources
+    overrides = inputs.run.spec.pod_overrides
+    placement: dict[str, Any] = {}
+    node_selector = {**profile.node_selector, **(overrides.node_selector or {} if overrides else {})}
+    if node_selector:
+        placement["nodeSelector"] = node_selector
+    tolerations = [t.model_dump(by_alias=True, exclude_none=True) for t in profile.tolerations]
+    if overrides and overrides.tolerations:
+        tolerations += [t.to_data() for t in overrides.tolerations]
+    if tolerations:
+        placement["tolerations"] = tolerations
+    affinity = _affinity(inputs)
+    if affinity:
+        placement["affinity"] = affinity
+    if profile.scheduler_name:
+        placement["schedulerName"] = profile.scheduler_name
+    if profile.runtime_class_name:
+        placement["runtimeClassName"] = profile.runtime_class_name
+    if resources.priority_class_name:
+        placement["priorityClassName"] = resources.priority_class_name
+    return placement
+
+
+def _affinity(inputs: PodInputs) -> dict[str, Any]:
+    affinity: dict[str, Any] = {}
+    if inputs.avoided_nodes:
+        term = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(inputs.avoided_nodes)}
+        affinity["nodeAffinity"] = {
+            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [term]}]}
+        }
+    if inputs.profile.topology_key and inputs.run.spec.resources.num_nodes > 1:
+        peers = labels.attempt_labels(inputs.run.metadata.name, attempt=inputs.attempt)
+        affinity["podAffinity"] = {
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {
+                    "weight": 100,
+                    "podAffinityTerm": {
+                        "topologyKey": inputs.profile.topology_key,
+                        "labelSelector": {"matchLabels": peers},
+                    },
+                }
+            ]
+        }
+    return affinity
+
+
+# --- Environment -----------------------------------------------------------------------------------------------------
+
+
+def _variable(name: str, value: str) -> dict[str, Any]:
+    return {"name": name, "value": value}
+
+
+def _field(name: str, path: str) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
+
+
+def _threads(cpu: str, *, ranks: int) -> int:
+    return max(int(parse_quantity(cpu) / ranks), 1)
+
+
+def _common_env(inputs: PodInputs) -> list[dict[str, Any]]:
+    """Return the variables of every pod: paths, addresses, the Hub."""
+    run, access = inputs.run, inputs.run.spec.access
+    path = names.resource_path(namespace=run.metadata.namespace, run=run.metadata.name)
+    url = f"{inputs.settings.progress_server.url.rstrip('/')}/{path}"
+    env = [
+        _variable(environment.CONFIG, f"{CONFIG_FOLDER}/{CONFIG_FILE}"),
+        _variable(environment.STORAGE, STORAGE_FOLDER),
+        _variable(environment.RUNTIME, RUNTIME_FOLDER),
+        _variable(environment.TERMINATION, TERMINATION_FILE),
+        _variable(environment.FACTS_URL, f"{url}/facts"),
+        _variable(environment.STATUS_URL, f"{url}/status"),
+        _variable(environment.TOKEN, f"{ACCESS_FOLDER}/token"),
+        _variable(environment.CA_CERT, f"{ACCESS_FOLDER}/ca.crt"),
+        _field(environment.POD_NAME, "metadata.name"),
+        _field(environment.NODE_NAME, "spec.nodeName"),
+    ]
+    for read in sources.read_claims(inputs.sources):
+        mount = sources.claim_mount(read)
+        env.append(_variable(environment.mount_variable(mount), f"{CLAIMS_FOLDER}/{read}"))
+    if sources.reads_files(inputs.sources):
+        env.append(_variable(environment.mount_variable(sources.FILES_MOUNT), FILES_FOLDER))
+    if inputs.code is not None:
+        env += [_variable(environment.CODE, CODE_FOLDER), _variable("PYTHONPATH", CODE_FOLDER)]
+    env.append(_variable("HF_HOME", f"{STORAGE_FOLDER}/hf-home"))
+    if not sources.uses_hub(inputs.sources):
+        env.append(_variable("HF_HUB_OFFLINE", "1"))
+    if access.hub_endpoint:
+        env.append(_variable("HF_ENDPOINT", access.hub_endpoint))
+    if access.hub_token_secret_ref:
+        secret = {"name": access.hub_token_secret_ref.name, "key": access.hub_token_secret_ref.key}
+        env.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": secret}})
+    return [*env, _variable("PYTHONUNBUFFERED", "1"), _variable("TOKENIZERS_PARALLELISM", "false")]
+
+
+def _trainer_env(inputs: PodInputs) -> list[dict[str, Any]]:
+    """Return what only the gang needs: the strategy, threads, the profile's and the trackers' variables."""
+    spec = inputs.run.spec
+    values = dict(inputs.profile.env)
+    values["OMP_NUM_THREADS"] = str(_threads(_cpu(inputs), ranks=spec.resources.ranks_per_node))
+    if spec.parallelism.strategy in STAGES:
+        values["ACCELERATE_USE_DEEPSPEED"] = "true"
+        values["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = f"{CONFIG_FOLDER}/{DEEPSPEED_FILE}"
+    elif spec.parallelism.strategy == "FSDP":
+        values |= build_fsdp_environment(spec.parallelism)
+    values |= _tracking_env(inputs)
+    own = {variable.name for variable in _overridden(inputs)}
+    return [_variable(name, value) for name, value in sorted(values.items()) if name not in own]
+
+
+def _tracking_env(inputs: PodInputs) -> dict[str, str]:
+    tracking = inputs.run.spec.tracking
+    values: dict[str, str] = {}
+    if "WandB" in tracking.report_to:
+        named = {
+            "WANDB_PROJECT": tracking.project,
+            "WANDB_ENTITY": tracking.entity,
+            "WANDB_RUN_GROUP": tracking.group,
+        }
+        values |= {name: value for name, value in named.items() if value is not None}
+    if "MLflow" in tracking.report_to and tracking.project is not None:
+        values["MLFLOW_EXPERIMENT_NAME"] = tracking.project
+    if "TensorBoard" in tracking.report_to:
+        values["TENSORBOARD_LOGGING_DIR"] = f"{STORAGE_FOLDER}/tensorboard"
+    return values
+
+
+def _overridden(inputs: PodInputs) -> tuple[Any, ...]:
+    overrides = inputs.run.spec.pod_overrides
+    return overrides.env or () if overrides else ()
+
+
+def _user_env(inputs: PodInputs) -> list[dict[str, Any]]:
+    return [_variable(variable.name, variable.value) for variable in _overridden(inputs)]
+
+
+def _secret_env(inputs: PodInputs) -> list[dict[str, Any]]:
+    overrides, tracking = inputs.run.spec.pod_overrides, inputs.run.spec.tracking
+    secrets = list(overrides.env_from_secrets or ()) if overrides else []
+    if tracking.secret_ref and tracking.secret_ref not in secrets:
+        secrets.append(tracking.secret_ref)
+    return [{"secretRef": {"name": name}} for name in secrets]

@@ -1,0 +1,278 @@
+"""What each kind of decision means for the status, the conditions and the objects.
+
+It owns the consequences, budgets among them; it must not decide which decision is due.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from posttrain.api.args import load_table
+from posttrain.api.reasons import advice_for
+from posttrain.api.training_run import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
+from posttrain.plan.attempts import Cause
+from posttrain.plan.children import attempt_children, run_children
+from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
+from posttrain.plan.manifests import is_being_deleted
+from posttrain.plan.objects import code_hash
+from posttrain.plan.pods import explain_waiting
+from posttrain.plan.preparation import is_needed
+from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
+from posttrain.plan.pytorchjob import job_ref
+from posttrain.plan.situation import Situation
+from posttrain.plan.status import Says, Verdict
+from posttrain.plan.types import Manifest, ObjectRef
+from posttrain.plan.usage import end_attempt
+
+_NODE_FAILURES_TO_AVOID = 2
+_NODES_REMEMBERED = 32
+MESSAGE_MAX_LENGTH = 1024
+"""Of a failure: the status is bounded, and a condition tells the same at greater length."""
+
+
+def refuse(situation: Situation, reason: str, message: str) -> Verdict:
+    """Return the verdict on a run that nothing is done for, or against, until somebody changes something."""
+    says = Says("False", reason, message)
+    return Verdict(stage=situation.status.stage or "Pending", accepted=says, succeeded=says, stalled=True)
+
+
+def accept(situation: Situation, verdict: Verdict) -> Verdict:
+    """Return the verdict of an accepted run: its spec is pinned by hash, and its own children are there."""
+    changes = {"provenance": pin_spec(situation), **verdict.changes}
+    return replace(
+        verdict,
+        accepted=Says("True", "Accepted"),
+        changes=changes,
+        objects=(*run_children(situation), *verdict.objects),
+    )
+
+
+def pin_spec(situation: Situation) -> ProvenanceStatus:
+    """Return the provenance with what a run is accepted with; what is pinned already stays."""
+    provenance = situation.provenance
+    if provenance.config_hash is not None:
+        return provenance
+    seed = situation.spec.sft.args.get("seed", load_table("sft_config").keys["seed"].default)
+    return provenance.model_copy(
+        update={
+            "config_hash": situation.config_hash,
+            "code_hash": code_hash(situation.code) if situation.code is not None else None,
+            "seed": seed if isinstance(seed, int) else None,
+        }
+    )
+
+
+def say_prepared(situation: Situation) -> Says:
+    """Return what `Prepared` says once attempts begin."""
+    return Says("True", "Prepared" if is_needed(situation) else "PrepareDisabled")
+
+
+def go_on(
+    situation: Situation,
+    *,
+    message: str = "",
+    objects: tuple[Manifest, ...] = (),
+    deadlines: tuple[datetime, ...] = (),
+) -> Verdict:
+    """Return the verdict on an attempt that has not ended."""
+    gang, progress = situation.gang, situation.attempt_progress
+    failure = situation.status.failure
+    pods_ready = Says("True", "AllPodsRunning") if gang.runs else explain_waiting(gang)
+    stage: Stage = "Starting"
+    told = pods_ready.message
+    if situation.status.attempt_running_time is not None:
+        trains = progress is not None and progress.attempt_start is not None
+        stage, told = ("Training", told or "the gang trains") if trains else (stage, told or "the gang loads")
+    elif failure is not None and failure.attempt == situation.attempt - 1:
+        stage = "Restarting"
+    message = message or f"attempt {situation.attempt}: {told}"
+    times = (
+        active_deadline(situation),
+        pending_deadline(situation),
+        stall_deadline(situation),
+        *deadlines,
+    )
+    return accept(
+        situation,
+        Verdict(
+            stage=stage,
+            prepared=say_prepared(situation),
+            pods_ready=pods_ready,
+            succeeded=Says("False", "InProgress", message),
+            changes={"hold": None},
+            objects=(*objects, *_lost_config_map(situation)),
+            deletes=old_refs(situation),
+            deadlines=tuple(time for time in times if time is not None),
+        ),
+    )
+
+
+def begin_attempt(situation: Situation, *, kept: bool = False, changes: dict[str, Any] | None = None) -> Verdict:
+    """Return the commit of another attempt's beginning, hence of the current one's end."""
+    attempt = situation.attempt
+    return accept(
+        situation,
+        Verdict(
+            stage="Starting",
+            prepared=say_prepared(situation),
+            succeeded=Says("False", "InProgress", f"attempt {attempt + 1} begins"),
+            changes={
+                "attempt": attempt + 1,
+                "attempt_created_time": None,
+                "attempt_running_time": None,
+                "gang_hash": None,
+                "restarts": _restarts(situation),
+                "usage": end_attempt(situation, kept=kept),
+                **(changes or {}),
+            },
+            commit=True,
+        ),
+    )
+
+
+def charge(situation: Situation, cause: Cause) -> Verdict:
+    """Return the verdict on a failed attempt: another one, where the budget allows it."""
+    restarts, spec = _restarts(situation), situation.run.spec.restarts
+    if cause.budget == "none":
+        return fail(situation, cause)
+    if cause.budget == "infrastructure":
+        spent, allowed, key = restarts.infrastructure or 0, spec.max_infrastructure_restarts, "infrastructure"
+    else:
+        spent, allowed, key = restarts.application or 0, spec.max_application_restarts, "application"
+    if spent >= allowed:
+        return fail(situation, cause if allowed == 0 else _spent(cause, allowed))
+    changes = {
+        "restarts": restarts.model_copy(update={key: spent + 1, **_blame_node(situation, cause)}),
+        "failure": _failure(situation, cause),
+    }
+    return begin_attempt(situation, changes=changes)
+
+
+def _restarts(situation: Situation) -> RestartsStatus:
+    return situation.status.restarts or RestartsStatus(infrastructure=0, application=0, steps_lost=0)
+
+
+def _spent(cause: Cause, allowed: int) -> Cause:
+    return replace(
+        cause,
+        reason="RestartBudgetSpent",
+        message=f"the budget of {cause.budget} restarts ({allowed}) is spent; the last cause is {cause.reason}: "
+        f"{cause.message}",
+        advice=advice_for("RestartBudgetSpent"),
+    )
+
+
+def _blame_node(situation: Situation, cause: Cause) -> dict[str, Any]:
+    """Return how the memory of bad nodes changes: one that failed this run twice is avoided."""
+    restarts = _restarts(situation)
+    if cause.budget != "infrastructure" or cause.node is None or not situation.run.spec.restarts.avoid_nodes:
+        return {}
+    failures = dict(restarts.node_failures or {})
+    failures[cause.node] = failures.pop(cause.node, 0) + 1
+    avoided = set(restarts.avoided_nodes or ())
+    if failures[cause.node] >= _NODE_FAILURES_TO_AVOID:
+        avoided.add(cause.node)
+    remembered = dict(list(failures.items())[-_NODES_REMEMBERED:])
+    return {"node_failures": remembered, "avoided_nodes": sorted(avoided) or None}
+
+
+def _failure(situation: Situation, cause: Cause) -> FailureStatus:
+    return FailureStatus(
+        reason=cause.reason,
+        message=cause.message[:MESSAGE_MAX_LENGTH],
+        pod=cause.pod,
+        node=cause.node,
+        rank=cause.rank,
+        exit_code=cause.exit_code,
+        advice=cause.advice or None,
+        attempt=situation.attempt,
+    )
+
+
+def stop_non_finite(situation: Situation, cause: Cause) -> Verdict:
+    """Return the verdict on a loss that was not finite: the user chose between the end and a suspension."""
+    if situation.run.spec.restarts.on_non_finite == "Fail":
+        return fail(situation, cause)
+    message = (
+        f"{cause.message}: the run is suspended (spec.restarts.onNonFinite). Change what may be changed, "
+        "or set spec.suspend to true and back to false, to go on from the latest checkpoint"
+    )
+    generation = situation.run.metadata.generation
+    return begin_attempt(
+        situation,
+        changes={
+            "hold": HoldStatus(reason=cause.reason, message=message, generation=generation),
+            "failure": _failure(situation, cause),
+        },
+    )
+
+
+def fail(situation: Situation, cause: Cause) -> Verdict:
+    """Return the commit of a bad end."""
+    return finish(
+        situation,
+        succeeded=Says("False", cause.reason, cause.message),
+        prepared=say_prepared(situation),
+        changes={"failure": _failure(situation, cause)},
+    )
+
+
+def finish(
+    situation: Situation,
+    *,
+    succeeded: Says,
+    prepared: Says,
+    kept: bool = False,
+    changes: dict[str, Any],
+) -> Verdict:
+    """Return the commit of the run's end."""
+    good = succeeded.status == "True"
+    return accept(
+        situation,
+        Verdict(
+            stage="Succeeded" if good else "Failed",
+            prepared=prepared,
+            pods_ready=Says("False", succeeded.reason, succeeded.message),
+            succeeded=succeeded,
+            finished=True,
+            stalled=not good,
+            changes={
+                "completion_time": situation.now,
+                "usage": end_attempt(situation, kept=kept),
+                **changes,
+            },
+            commit=True,
+        ),
+    )
+
+
+def present_refs(situation: Situation, refs: tuple[ObjectRef, ...]) -> tuple[ObjectRef, ...]:
+    """Return those of the objects that are there and that nobody is deleting already."""
+    objects = situation.observed.objects
+    return tuple(ref for ref in refs if ref in objects and not is_being_deleted(objects[ref]))
+
+
+def old_refs(situation: Situation) -> tuple[ObjectRef, ...]:
+    """Return what is left of ended attempts."""
+    return present_refs(situation, situation.old_children)
+
+
+def holding_refs(situation: Situation) -> tuple[ObjectRef, ...]:
+    """Return the children of an ended run that still hold something: live pods do. A job that ended keeps its logs."""
+    refs = list(situation.old_children)
+    if situation.live_trainer_pods or (situation.gang.job is not None and situation.gang.job.phase == "Pending"):
+        refs.append(job_ref(situation.name, attempt=situation.attempt))
+    prepare = situation.observed.objects.get(prepare_ref(situation.name))
+    if prepare is not None and parse_prepare_state(prepare).phase == "Pending":
+        refs.append(prepare_ref(situation.name))
+    return present_refs(situation, tuple(refs))
+
+
+def _lost_config_map(situation: Situation) -> tuple[Manifest, ...]:
+    """Return the attempt's ConfigMap where its job is there and somebody deleted it: a late pod waits for it."""
+    if situation.job is None:
+        return ()
+    config_map = attempt_children(situation)[0]
+    return (config_map,) if ObjectRef.of(config_map) not in situation.observed.objects else ()

@@ -1,0 +1,66 @@
+"""Own code of a run, as `spec.code` brings it: faults at the places where a real one would strike."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+
+class KillAfterSave(TrainerCallback):
+    """Ends its rank by SIGKILL when a checkpoint's files are written and its marker is not; once."""
+
+    def __init__(self, step: int, flag: str) -> None:
+        self.step = step
+        self.flag = Path(flag)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SlowShard(TrainerCallback):
+    """Makes a rank write every file in two halves, with time between them for the others to go ahead."""
+
+    def __init__(self, rank: int, seconds: float) -> None:
+        if int(os.environ["RANK"]) != rank:
+            return
+        whole = torch.save
+
+        def in_halves(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+            buffer = io.BytesIO()
+            whole(obj, buffer, *args, **kwargs)
+            content = buffer.getvalue()
+            with Path(f).open("wb") as file:
+                file.write(content[: len(content) // 2])
+                file.flush()
+                time.sleep(seconds)
+                file.write(content[len(content) // 2 :])
+
+        torch.save = in_halves
+
+
+class NanTrainer(SFTTrainer):
+    """Loses its loss at step 3."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * math.nan if self.model.training and self.state.global_step == 2 else loss
+
+
+class Abort(TrainerCallback):
+    """Ends its process as native code does that finds itself in an impossible state."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            print("the last words", flush=True)
+            os.abort()

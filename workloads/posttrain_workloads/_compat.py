@@ -1,0 +1,81 @@
+"""Workarounds for the libraries' own gaps, each with the condition under which it goes.
+
+It owns every use of a library's private names; it must not hold anything that a public interface can do.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+
+def save_logging_state(trainer: Any, folder: Path, *, rank: int) -> None:
+    """Keep what has been added up since the last log line, which a checkpoint of transformers does not hold.
+
+    transformers 5.23 begins a resumed run with an empty sum (trainer.py:1647-1649), and TRL 1.16 with empty metrics and
+    no tokens (sft_trainer.py, `_metrics` and `_total_train_tokens`): the first line after a resume is then the mean of
+    other steps than in a run that went through. Goes when both restore them. The loss is each rank's own.
+    """
+    state = {
+        "tr_loss": trainer._tr_loss.item(),
+        "last_logged": trainer._globalstep_last_logged,
+        "metrics": dict(trainer._metrics["train"]),
+        "tokens": trainer._total_train_tokens,
+    }
+    _file(folder, rank).write_text(json.dumps(state))
+
+
+def restore_logging_state(trainer: Any, folder: Path, *, rank: int) -> None:
+    """Put back what `save_logging_state` kept; called when training begins, after transformers has reset it."""
+    file = _file(folder, rank)
+    if not file.exists():  # of a gang that had fewer ranks
+        return
+    state = json.loads(file.read_text())
+    trainer._tr_loss += state["tr_loss"]
+    # The steps before the checkpoint belong to the log line, and not to this process's own mean over its steps.
+    trainer._total_loss_scalar -= state["tr_loss"]
+    trainer._globalstep_last_logged = state["last_logged"]
+    trainer._metrics["train"].update(state["metrics"])
+    trainer._total_train_tokens = state["tokens"]
+
+
+def post_progress_in_background(trainer: Any) -> None:
+    """Take the posts of transformers' KubeflowCallback out of the training thread.
+
+    transformers 5.23 posts at the end of a step and waits up to 5 s for the answer, at most every 5 s
+    (integration_utils.py:2521-2557): a server that takes connections and does not answer halves the speed. Here a
+    thread posts the latest report, and what comes meanwhile replaces what waits. Goes when the callback does so itself.
+    """
+    from transformers.integrations import KubeflowCallback
+
+    class BackgroundKubeflowCallback(KubeflowCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._changed = threading.Condition()
+            self._latest: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+            threading.Thread(target=self._post, name="progress-sender", daemon=True).start()
+
+        def _update_status(self, *args: Any, **kwargs: Any) -> bool:
+            if "metrics" in kwargs:
+                kwargs["metrics"] = dict(kwargs["metrics"] or {})
+            with self._changed:
+                self._latest = (args, kwargs)
+                self._changed.notify_all()
+            return True
+
+        def _post(self) -> None:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._latest is not None)
+                    assert self._latest is not None
+                    (args, kwargs), self._latest = self._latest, None
+                super()._update_status(*args, **kwargs)
+
+    if trainer.pop_callback(KubeflowCallback) is not None:
+        trainer.add_callback(BackgroundKubeflowCallback())
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"logging_state_{rank}.json"

@@ -1,0 +1,117 @@
+"""Files with resources: from a path to checked TrainingRuns, every problem with its line.
+
+It owns what may stand in such a file; it must not look at this machine, nor write anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.api.args import check_deprecated, load_table
+from posttrain.api.loader import Document, apply_assignment, format_path, load_documents, parse_assignment
+from posttrain.api.training_run import KIND, TrainingRun
+from posttrain.api.validate import parse_training_run
+from posttrain.errors import InvalidResource, Problem, UserError
+from posttrain.plan.checks import find_spec_problems
+from posttrain.settings import Profile, Settings
+
+
+def read_documents(file: Path) -> list[Document]:
+    """Return the documents of a file.
+
+    Raises:
+        UserError: it cannot be read, or is not YAML.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: {os.strerror(error.errno or 0)}: name a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}: save the file as UTF-8") from None
+    return load_documents(text, origin=str(file))
+
+
+def find_runs(documents: Sequence[Document], *, file: Path) -> list[Document]:
+    """Return all documents but the ConfigMaps with own code that may stand beside a run.
+
+    What is of another kind is taken for a run too: its problems then say what is wrong with it.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [document for document in documents if document.data.get("kind") != "ConfigMap"]
+    if not found:
+        raise UserError(f"{file}: there is no {KIND} in it")
+    return found
+
+
+def find_run(documents: Sequence[Document], *, file: Path) -> Document:
+    """Return the one run.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    found = find_runs(documents, file=file)
+    if len(found) > 1:
+        lines = ", ".join(str(document.line) for document in found)
+        raise UserError(f"{file}: has {len(found)} resources (lines {lines}), and one {KIND} is wanted: split it")
+    return found[0]
+
+
+def assign(data: Mapping[str, Any], *, sets: Sequence[str]) -> dict[str, Any]:
+    """Return the resource with every `PATH=VALUE` applied in turn.
+
+    Raises:
+        LoadError: an assignment cannot be read or has no place.
+    """
+    changed = dict(data)
+    for text in sets:
+        path, value = parse_assignment(text)
+        changed = apply_assignment(changed, path=path, value=value)
+    return changed
+
+
+def check_run(document: Document, *, data: Mapping[str, Any], settings: Settings | None = None) -> TrainingRun:
+    """Return the run that `data` is, a document perhaps changed since it was read.
+
+    Without settings those of a cluster are assumed that has whatever profile the run names, and a machine whose files
+    it may read.
+
+    Raises:
+        InvalidResource: with every problem that can be seen without looking further than the file.
+    """
+    run = parse_training_run(data, origin=document.origin, line_of=document.line_of)
+    problems = find_spec_problems(run.spec, settings=settings or assume_settings(run))
+    if problems:
+        raise InvalidResource(add_lines(problems, document=document), origin=document.origin)
+    return run
+
+
+def assume_settings(run: TrainingRun) -> Settings:
+    """Return the default settings with the profile that a run names."""
+    profiles = {"default": Profile(), run.spec.resources.profile or "default": Profile()}
+    return Settings(profiles=profiles, allow_file_sources=True)
+
+
+def find_warnings(run: TrainingRun, *, document: Document) -> tuple[Problem, ...]:
+    """Return what is allowed and yet better changed."""
+    remarks = check_deprecated(run.spec.sft.args, load_table("sft_config"))
+    return add_lines(
+        [Problem(path=f"spec.sft.args.{remark.key}", message=remark.message) for remark in remarks],
+        document=document,
+    )
+
+
+def add_lines(problems: Sequence[Problem], *, document: Document) -> tuple[Problem, ...]:
+    """Return problems with the line of the value, or of the nearest thing around it that is written at all."""
+    lines = {format_path(path): line for path, line in document.lines.items()}
+
+    def line_of(path: str) -> int | None:
+        while path not in lines and path:
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
+        return lines.get(path)
+
+    return tuple(Problem(path=p.path, message=p.message, line=p.line or line_of(p.path)) for p in problems)

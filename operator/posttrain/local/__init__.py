@@ -1,0 +1,1 @@
+"""The same plans executed on one machine without a cluster."""

@@ -1,0 +1,152 @@
+"""An image's environment is made once, from its lock alone, whoever asks for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import UserError
+from posttrain.local.environments import cache_root, ensure_environment, images_root
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def build_wheel(folder: Path, *, name: str, module: str) -> Path:
+    """Make a wheel with one module, without any index or build backend."""
+    folder.mkdir(exist_ok=True)
+    wheel = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    files = {
+        f"{name}.py": module,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(path, text)
+    return wheel
+
+
+def write_lock(images: Path, *, name: str, wheel: Path, digest: str | None = None) -> None:
+    """Write an image's requirements with that wheel in it."""
+    (images / name).mkdir(parents=True)
+    digest = digest or hashlib.sha256(wheel.read_bytes()).hexdigest()
+    lines = ["--no-index", f"--find-links {wheel.parent}", f"tiny==1.0 --hash=sha256:{digest}"]
+    (images / name / "requirements.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with one image, `small`."""
+    wheel = build_wheel(tmp_path / "wheels", name="tiny", module="ANSWER = 42\n")
+    write_lock(tmp_path / "images", name="small", wheel=wheel)
+    return tmp_path / "images"
+
+
+@pytest.fixture(autouse=True)
+def uv_cache(tmp_path: Path) -> Iterator[None]:
+    """Keep uv's own cache out of the test: a wheel of the same name would be taken from it."""
+    before = os.environ.get("UV_CACHE_DIR")
+    os.environ["UV_CACHE_DIR"] = str(tmp_path / "uv-cache")
+    yield
+    os.environ.pop("UV_CACHE_DIR")
+    if before is not None:
+        os.environ["UV_CACHE_DIR"] = before
+
+
+def run(interpreter: Path, program: str) -> str:
+    return subprocess.run([interpreter, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_an_environment_has_what_its_lock_names_and_nothing_of_ours(tmp_path: Path, images: Path) -> None:
+    lines: list[str] = []
+
+    interpreter = ensure_environment("small", cache=tmp_path / "cache", report=lines.append, images=images)
+
+    assert run(interpreter, "import tiny; print(tiny.ANSWER)") == "42"
+    assert run(interpreter, "import importlib.util as i; print(i.find_spec('pydantic'))") == "None"
+    assert interpreter.is_relative_to(tmp_path / "cache" / "envs")
+    assert lines[0] == f"making the environment {interpreter.parents[1].name}"
+    assert any(line.startswith("Installed 1 package") for line in lines)
+
+
+def test_an_environment_is_made_once_for_a_lock_and_anew_for_another(tmp_path: Path, images: Path) -> None:
+    first = ensure_environment("small", cache=tmp_path / "cache", report=str, images=images)
+    lines: list[str] = []
+
+    again = ensure_environment("small", cache=tmp_path / "cache", report=lines.append, images=images)
+    with (images / "small" / "requirements.txt").open("a") as lock:
+        lock.write("# changed\n")
+    changed = ensure_environment("small", cache=tmp_path / "cache", report=str, images=images)
+
+    assert (again, lines) == (first, [])
+    assert changed != first
+
+
+def test_an_environment_that_was_not_completed_is_made_anew(tmp_path: Path, images: Path) -> None:
+    interpreter = ensure_environment("small", cache=tmp_path / "cache", report=str, images=images)
+    folder = interpreter.parents[1]
+    (folder / ".posttrain-complete").unlink()
+    next(folder.rglob("tiny.py")).unlink()
+
+    ensure_environment("small", cache=tmp_path / "cache", report=str, images=images)
+
+    assert run(interpreter, "import tiny; print(tiny.ANSWER)") == "42"
+
+
+def test_two_processes_that_ask_at_once_make_one_environment(tmp_path: Path, images: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from posttrain.local.environments import ensure_environment\n"
+        "print(ensure_environment('small', cache=Path(sys.argv[1]), report=print, images=Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "cache"), str(images)]
+
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("making the environment" in output for output in outputs) == 1
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+
+
+def test_a_wheel_that_is_not_the_locked_one_is_refused_with_uvs_own_words(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path / "wheels", name="tiny", module="ANSWER = 'another'\n")
+    write_lock(tmp_path / "images", name="small", wheel=wheel, digest="0" * 64)
+
+    with pytest.raises(UserError, match="Hash mismatch") as caught:
+        ensure_environment("small", cache=tmp_path / "cache", report=str, images=tmp_path / "images")
+
+    assert "run the same command again" in str(caught.value)
+
+
+def test_an_image_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(UserError, match=r"no image 'large'.*take one of these: small"):
+        ensure_environment("large", cache=tmp_path / "cache", report=str, images=images)
+
+
+def test_the_trainers_lock_is_found_beside_its_dockerfile() -> None:
+    assert images_root() == REPOSITORY / "images"
+    assert (images_root() / "trainer" / "Dockerfile").is_file()
+
+
+def test_a_wheel_of_posttrain_ships_the_locks(tmp_path: Path) -> None:
+    uv = Path(sys.executable).parent / "uv"
+    subprocess.run([uv, "build", "--wheel", "--quiet", "--out-dir", tmp_path, REPOSITORY], check=True)
+
+    (wheel,) = tmp_path.glob("*.whl")
+
+    shipped = zipfile.ZipFile(wheel).read("posttrain/_images/trainer/requirements.txt")
+    assert shipped == (REPOSITORY / "images" / "trainer" / "requirements.txt").read_bytes()
+
+
+def test_the_cache_is_where_the_environment_says() -> None:
+    assert cache_root({"POSTTRAIN_CACHE": "/data/cache"}) == Path("/data/cache")
+    assert cache_root({}) == Path.home() / ".cache" / "posttrain"

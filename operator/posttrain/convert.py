@@ -1,0 +1,371 @@
+"""From a recipe of open-r1 or TRL (the YAML file of an SFT script) to a TrainingRun.
+
+It owns what each key of such a recipe becomes, and why a key becomes nothing; it must not read or write files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.api.args import ArgsTable, check_args, load_table
+from posttrain.api.base import API_VERSION
+from posttrain.api.spelling import join_names, nearest, write_value
+from posttrain.api.training_run import KIND
+from posttrain.api.validate import parse_training_run
+from posttrain.errors import UserError
+
+STRATEGIES = {"ddp": "DDP", "zero1": "ZeRO1", "zero2": "ZeRO2", "zero3": "ZeRO3", "fsdp": "FSDP"}
+"""Names of accelerate configurations, as open-r1 has them, and the strategy of each."""
+
+_GPUS_OF_ACCELERATE = 8
+_TRACKERS = {"wandb": "WandB", "trackio": "Trackio", "mlflow": "MLflow", "tensorboard": "TensorBoard"}
+_ONLY_IN_GRPO = frozenset({"reward_funcs", "reward_weights", "num_generations", "max_completion_length", "use_vllm"})
+
+_RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "max_seq_length": "max_length",
+    "use_liger": "use_liger_kernel",
+    "warmup_ratio": "warmup_steps",
+}
+_HUB = "publishing to the Hub is not supported yet: upload the trained model's folder"
+_QUANTIZATION = "posttrain's QLoRA is in 4-bit NF4 with nested quantization: there is nothing to set"
+_ADAPTER = "spec.peft has method, rank, alpha, dropout and targetModules only"
+_DROPPED = {
+    "benchmarks": "evaluation is not supported yet: evaluate the trained model's folder",
+    "bnb_4bit_quant_storage": _QUANTIZATION,
+    "bnb_4bit_quant_type": _QUANTIZATION,
+    "dataset_streaming": "data is fetched before any GPU is held, and not streamed",
+    "gradient_checkpointing_use_reentrant": "write spec.sft.args.activation_checkpointing_kwargs",
+    "ignore_bias_buffers": "it has no effect in current TRL",
+    "load_in_8bit": "training on a base in 8 bits is not supported; QLoRA (4 bits) is",
+    "lora_modules_to_save": _ADAPTER,
+    "lora_target_parameters": _ADAPTER,
+    "lora_task_type": "it is CAUSAL_LM",
+    "num_completions_to_print": "it belongs to GRPO",
+    "save_only_model": "a restart goes on from a checkpoint, which needs the optimizer's state",
+    "system_prompt": "open-r1 uses it in SFT for benchmarks only, and trains without it; to train with a system "
+    "message, write spec.systemPrompt",
+    "use_bnb_nested_quant": _QUANTIZATION,
+    "use_dora": _ADAPTER,
+    "use_rslora": _ADAPTER,
+    "wandb_log_unique_prompts": "it belongs to GRPO",
+}
+
+
+class UnusableRecipe(UserError):
+    """A recipe that cannot become a TrainingRun; the message says what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A TrainingRun as data, the keys of the recipe that are not in it, and what a person should know of it."""
+
+    resource: dict[str, Any]
+    dropped: tuple[tuple[str, str], ...]
+    """Each with why."""
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Recipe:
+    """The keys of a recipe that nobody has taken yet, and what has been said about those that were."""
+
+    rest: dict[str, Any]
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, key: str) -> Any:
+        """Return the value of a key, None where it is not given, and take it out."""
+        return self.rest.pop(key, None)
+
+    def drop(self, key: str, why: str) -> None:
+        """Leave a key out of the resource."""
+        self.rest.pop(key, None)
+        self.dropped.append((key, why))
+
+
+def convert_recipe(data: Mapping[str, Any], *, name: str, accelerate: str | None = None) -> Conversion:
+    """Return the TrainingRun named `name` of an SFT recipe; `accelerate` is one of `STRATEGIES`.
+
+    Raises:
+        UnusableRecipe: it is not an SFT recipe, or it names no model or no data.
+        InvalidResource: what came of it is not valid; the problems name fields of the TrainingRun.
+    """
+    _refuse_unusable(data, accelerate=accelerate)
+    table = load_table("sft_config")
+    # An empty key is one that is not set, but for arguments whose default is something: max_length without a limit.
+    recipe = _Recipe(rest={key: value for key, value in data.items() if value is not None or _says_none(key, table)})
+    tracking = _tracking(recipe)
+    spec: dict[str, Any] = {
+        "model": _model(recipe),
+        **_data(recipe),
+        "peft": _peft(recipe),
+        "parallelism": {"strategy": STRATEGIES[accelerate.lower()]} if accelerate else None,
+        "resources": {"numNodes": 1, "gpusPerNode": _GPUS_OF_ACCELERATE} if accelerate else None,
+        "checkpoints": _checkpoints(recipe),
+        "tracking": tracking,
+        "sft": {"args": _args(recipe, table)},
+    }
+    if accelerate is None:
+        recipe.notes.append(
+            "a recipe names neither GPUs nor strategy: the run has one GPU and DDP until you set spec.resources and "
+            f"spec.parallelism.strategy (or convert with one of {join_names(list(STRATEGIES), conjunction='or')})"
+        )
+    written = {key: value for key, value in spec.items() if value}
+    resource = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {"name": name},
+        "spec": written,
+    }
+    parse_training_run(resource)
+    recipe.notes += _advice(written)
+    return Conversion(resource=resource, dropped=tuple(recipe.dropped), notes=tuple(recipe.notes))
+
+
+def _advice(spec: Mapping[str, Any]) -> list[str]:
+    """Return what is as in the recipe and still means something else here."""
+    notes = []
+    attention = spec["model"].get("attnImplementation", "")
+    if attention.startswith("flash_attention"):
+        notes.append(
+            f"spec.model.attnImplementation {attention} needs a package that is not in the trainer image: take sdpa, "
+            "or an image of your own in spec.podOverrides.image"
+        )
+    args = spec["sft"]["args"]
+    if args.get("packing") and "packing_strategy" not in args:
+        notes.append(
+            "packing: TRL fits whole rows together now, which needs FlashAttention where rows are long; "
+            "packing_strategy: wrapped cuts them at max_length, as older releases did"
+        )
+    return notes
+
+
+def _refuse_unusable(data: Mapping[str, Any], *, accelerate: str | None) -> None:
+    grpo = sorted(_ONLY_IN_GRPO & data.keys())
+    if grpo:
+        raise UnusableRecipe(f"{join_names(grpo)}: this is a GRPO recipe, and only SFT is supported so far")
+    if not data.get("model_name_or_path"):
+        raise UnusableRecipe("model_name_or_path is missing: a recipe names the model it trains")
+    if not data.get("dataset_name") and not data.get("dataset_mixture"):
+        raise UnusableRecipe("dataset_name and dataset_mixture are missing: a recipe names its data in one of them")
+    if accelerate is not None and accelerate.lower() not in STRATEGIES:
+        near = nearest(accelerate, STRATEGIES)
+        raise UnusableRecipe(
+            f"{write_value(accelerate)} is no accelerate configuration that is known here: take "
+            f"{near or join_names(list(STRATEGIES), conjunction='or')}"
+        )
+
+
+# --- Model ------------------------------------------------------------------------------------------------------------
+
+
+def _source(place: str) -> str:
+    return f"file://{place}" if place.startswith(("/", "./", "../")) else place
+
+
+def _model(recipe: _Recipe) -> dict[str, Any]:
+    model: dict[str, Any] = {"source": _source(str(recipe.take("model_name_or_path")))}
+    for key, name in (
+        ("model_revision", "revision"),
+        ("trust_remote_code", "trustRemoteCode"),
+        ("chat_template", "chatTemplate"),
+        ("eos_token", "eosToken"),
+        ("torch_dtype", "dtype"),
+        ("dtype", "dtype"),
+        ("attn_implementation", "attnImplementation"),
+    ):
+        if key in recipe.rest:
+            model[name] = recipe.take(key)
+    return model
+
+
+def _peft(recipe: _Recipe) -> dict[str, Any] | None:
+    wanted = recipe.take("use_peft")
+    in_4_bits = recipe.take("load_in_4bit")
+    if not wanted:
+        for key in [key for key in recipe.rest if key.startswith("lora_")]:
+            recipe.drop(key, "use_peft is not set, so all weights are trained")
+        if in_4_bits:
+            recipe.drop("load_in_4bit", "use_peft is not set, and weights in 4 bits cannot be trained themselves")
+        return None
+    peft: dict[str, Any] = {"method": "QLoRA" if in_4_bits else "LoRA"}
+    for key, name in (("lora_r", "rank"), ("lora_alpha", "alpha")):
+        if key in recipe.rest:
+            peft[name] = recipe.take(key)
+    if "lora_dropout" in recipe.rest:
+        peft["dropout"] = _decimal(recipe.take("lora_dropout"))
+    modules = recipe.take("lora_target_modules")
+    if modules not in (None, "all-linear", ["all-linear"]):
+        peft["targetModules"] = [modules] if isinstance(modules, str) else modules
+    return peft
+
+
+def _decimal(value: Any) -> Any:
+    """Return a number as the decimal string that a spec takes, never with an exponent."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    text = f"{value:.9f}".rstrip("0").rstrip(".")
+    return text or "0"
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def _data(recipe: _Recipe) -> dict[str, Any]:
+    evaluates = recipe.rest.get("eval_strategy", recipe.rest.get("evaluation_strategy", "no")) not in {"no", False}
+    mixture = recipe.take("dataset_mixture")
+    if mixture is not None:
+        for key in ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"):
+            if key in recipe.rest:
+                recipe.drop(key, "dataset_mixture names the data")
+        return _mixture(mixture, recipe, evaluates=evaluates)
+    member: dict[str, Any] = {"source": _source(str(recipe.take("dataset_name")))}
+    for key, name in (("dataset_config", "config"), ("dataset_train_split", "split")):
+        if key in recipe.rest:
+            member[name] = recipe.take(key)
+    if not evaluates:
+        if "dataset_test_split" in recipe.rest:
+            recipe.drop("dataset_test_split", "eval_strategy is not set, so nothing is evaluated")
+        return {"datasets": [member]}
+    held_out = {**member, "split": recipe.take("dataset_test_split") or "test"}
+    return {"datasets": [member], "evalDatasets": [held_out]}
+
+
+def _mixture(mixture: Any, recipe: _Recipe, *, evaluates: bool) -> dict[str, Any]:
+    if not isinstance(mixture, dict) or not isinstance(mixture.get("datasets"), list):
+        raise UnusableRecipe("dataset_mixture has no list of datasets: a mixture is {datasets: [{id: org/name}]}")
+    data: dict[str, Any] = {
+        "datasets": [_member(item, index, recipe) for index, item in enumerate(mixture["datasets"])],
+    }
+    if mixture.get("seed") is not None:
+        data["datasetSeed"] = mixture["seed"]
+    share = mixture.get("test_split_size")
+    if isinstance(share, int) and not isinstance(share, bool):
+        recipe.drop("dataset_mixture.test_split_size", "spec.testFraction is a share, and this is a number of rows")
+    elif share is not None:
+        data["testFraction"] = _decimal(share)
+    for key in mixture.keys() - {"datasets", "seed", "test_split_size"}:
+        recipe.drop(f"dataset_mixture.{key}", "open-r1 knows no such key and ignores it")
+    if evaluates and "testFraction" not in data:
+        for key in ("eval_strategy", "evaluation_strategy"):
+            if key in recipe.rest:
+                recipe.drop(
+                    key, "the mixture holds nothing out; set spec.testFraction or spec.evalDatasets to evaluate"
+                )
+    return data
+
+
+def _member(item: Any, index: int, recipe: _Recipe) -> dict[str, Any]:
+    if not isinstance(item, dict) or not item.get("id"):
+        raise UnusableRecipe(f"dataset_mixture.datasets[{index}] has no id: a member is {{id: org/name}}")
+    member: dict[str, Any] = {"source": _source(str(item["id"]))}
+    for key in ("config", "split", "columns"):
+        if item.get(key) is not None:
+            member[key] = item[key]
+    weight = item.get("weight")
+    if weight is not None and weight != 1:
+        member["fraction"] = _decimal(weight)
+    for key in item.keys() - {"id", "config", "split", "columns", "weight"}:
+        recipe.drop(f"dataset_mixture.datasets[{index}].{key}", "open-r1 knows no such key and ignores it")
+    return member
+
+
+# --- Checkpoints and trackers -----------------------------------------------------------------------------------------
+
+
+def _checkpoints(recipe: _Recipe) -> dict[str, Any]:
+    checkpoints: dict[str, Any] = {}
+    strategy = recipe.take("save_strategy")
+    steps = recipe.take("save_steps")
+    if strategy not in (None, "steps"):
+        recipe.drop("save_strategy", "checkpoints are written every spec.checkpoints.everySteps steps")
+        if steps is not None:
+            recipe.drop("save_steps", f"save_strategy is {write_value(strategy)}")
+    elif isinstance(steps, int) and not isinstance(steps, bool):
+        checkpoints["everySteps"] = steps
+    elif steps is not None:
+        recipe.drop("save_steps", "spec.checkpoints.everySteps is a number of steps, and this is a share of them")
+    limit = recipe.take("save_total_limit")
+    if limit is not None:
+        checkpoints["keepLast"] = limit
+    return checkpoints
+
+
+def _tracking(recipe: _Recipe) -> dict[str, Any]:
+    given = recipe.take("report_to")
+    names = [given] if isinstance(given, str) else list(given or [])
+    known = [_TRACKERS[name] for name in names if name in _TRACKERS]
+    for name in names:
+        if name not in _TRACKERS and name != "none":
+            supported = join_names(list(_TRACKERS.values()))
+            recipe.drop("report_to", f"{name} is no tracker that is supported ({supported} are)")
+    tracking: dict[str, Any] = {"reportTo": known} if known else {}
+    for key, name in (("wandb_project", "project"), ("wandb_entity", "entity"), ("wandb_run_group", "group")):
+        if key in recipe.rest and "WandB" in known:
+            tracking[name] = recipe.take(key)
+        elif key in recipe.rest:
+            recipe.drop(key, "report_to does not name wandb")
+    project = recipe.take("project")
+    if project is not None and known:
+        tracking.setdefault("project", project)
+    elif project is not None:
+        recipe.drop("project", "report_to names no tracker")
+    if "WandB" in known:
+        recipe.notes.append("Weights & Biases needs a key: name a Secret with WANDB_API_KEY in spec.tracking.secretRef")
+    return tracking
+
+
+# --- Everything else --------------------------------------------------------------------------------------------------
+
+
+def _args(recipe: _Recipe, table: ArgsTable) -> dict[str, Any]:
+    """Return the rest of the recipe as arguments of TRL's class, and drop what is none."""
+    args: dict[str, Any] = {}
+    for key, value in list(recipe.rest.items()):
+        name = _RENAMED.get(key, key)
+        why = _why_dropped(key, name, table)
+        written = _in_words(name, value)
+        if why is None:
+            problems = check_args({name: written}, table)
+            why = problems[0].message if problems else None
+        if why is None and name != key and name in recipe.rest:
+            why = f"{name} is given too"
+        if why is not None:
+            recipe.drop(key, why)
+            continue
+        args[name] = written
+        if name != key:
+            recipe.notes.append(f"{key} is called {name} now")
+    return args
+
+
+def _says_none(key: str, table: ArgsTable) -> bool:
+    row = table.keys.get(_RENAMED.get(key, key))
+    return row is not None and row.owned is None and row.default is not None
+
+
+def _in_words(name: str, value: Any) -> Any:
+    # YAML reads a bare `no` as false.
+    return "no" if name == "eval_strategy" and value is False else value
+
+
+def _why_dropped(key: str, name: str, table: ArgsTable) -> str | None:
+    """Return why a key becomes nothing; None for a key that TRL's class takes from a user."""
+    if key in _DROPPED:
+        return _DROPPED[key]
+    if re.match(r"(hub_|push_to_hub|overwrite_hub)", key) or key == "callbacks":
+        return _HUB if key != "callbacks" else f"open-r1's only callback, push_to_hub_revision, publishes: {_HUB}"
+    row = table.keys.get(name)
+    if row is not None:
+        return f"posttrain sets it: {row.owned}" if row.owned is not None else None
+    if key in table.elsewhere:
+        return table.elsewhere[key]
+    near = nearest(key, table.keys)
+    hint = f"; did you mean {near}?" if near else ""
+    return f"{table.class_name} (TRL {table.library['trl']}) has no such key, and open-r1's scripts ignore it{hint}"

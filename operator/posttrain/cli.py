@@ -99,6 +99,7 @@ def validate(
 ) -> None:
     """Check files: every problem with its line. Exit code 2 if there is one."""
     from posttrain.files import check_run, find_runs, find_warnings, read_documents
+    from posttrain.local.preflight import resolve_paths
 
     valid = True
     for file in files:
@@ -110,7 +111,8 @@ def validate(
             continue
         for document in documents:
             try:
-                run = check_run(document, data=document.data)
+                data = resolve_paths(document.data, folder=file.absolute().parent)
+                run = check_run(document, data=data)
             except UserError as error:
                 print(error, file=sys.stderr)
                 valid = False

@@ -89,6 +89,13 @@ def test_help_names_every_command(tmp_path: Path) -> None:
 # --- validate ---------------------------------------------------------------------------------------------------------
 
 
+def test_validate_takes_relative_paths_as_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    name = _write(tmp_path / "runs", RESOURCE.replace("Qwen/Qwen2.5-0.5B", "file://./model"))
+    done = _posttrain("validate", f"runs/{name}", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_valid_file_is_said_to_be_valid(tmp_path: Path) -> None:
     done = _posttrain("validate", _write(tmp_path), cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "run.yaml: TrainingRun first is valid\n", "")

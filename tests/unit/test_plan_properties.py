@@ -287,7 +287,7 @@ HAPPENINGS = (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     nodes=st.integers(1, 3),
     gpus=st.sampled_from([0, 2]),

@@ -347,7 +347,8 @@ def _common_env(inputs: PodInputs) -> list[dict[str, Any]]:
         env.append(_variable(environment.mount_variable(sources.FILES_MOUNT), FILES_FOLDER))
     if inputs.code is not None:
         env += [_variable(environment.CODE, CODE_FOLDER), _variable("PYTHONPATH", CODE_FOLDER)]
-    env.append(_variable("HF_HOME", f"{STORAGE_FOLDER}/hf-home"))
+    # TRL tells the Hub of every trainer that is built; a platform's runs are nobody else's business.
+    env += [_variable("HF_HOME", f"{STORAGE_FOLDER}/hf-home"), _variable("HF_HUB_DISABLE_TELEMETRY", "1")]
     if not sources.uses_hub(inputs.sources):
         env.append(_variable("HF_HUB_OFFLINE", "1"))
     if access.hub_endpoint:

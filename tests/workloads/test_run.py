@@ -1,0 +1,221 @@
+"""`posttrain run` as a person uses it: the command, a file, a tiny model, and what may happen on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.api.loader import dump_document
+from posttrain.api.training_run import TrainingRun
+from posttrain.contract.facts import FACT
+from posttrain.local.state import RunFolder
+from tests.workloads._configs import ARGS
+
+pytestmark = pytest.mark.workloads
+
+POSTTRAIN = Path(sys.executable).with_name("posttrain")
+WAIT_SECONDS = 240.0
+
+
+@dataclass
+class Command:
+    """`posttrain run` on one file, in a folder of its own."""
+
+    folder: Path
+    spec: dict[str, Any]
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def run_folder(self) -> RunFolder:
+        return RunFolder(self.folder / ".posttrain" / "tiny")
+
+    def start(self, *arguments: str) -> Command:
+        resource = {
+            "apiVersion": "posttrain.dev/v1alpha1",
+            "kind": "TrainingRun",
+            "metadata": {"name": "tiny"},
+            "spec": self.spec,
+        }
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "run.yaml").write_text(dump_document(resource))
+        environment = {name: value for name, value in os.environ.items() if name != "POSTTRAIN_STATE"}
+        self.process = subprocess.Popen(
+            [POSTTRAIN, "run", "run.yaml", *arguments],
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return self
+
+    def wait(self) -> tuple[int, str]:
+        assert self.process is not None
+        try:
+            output, _ = self.process.communicate(timeout=WAIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            output, _ = self.process.communicate(timeout=WAIT_SECONDS)
+            raise AssertionError(f"it did not end in {WAIT_SECONDS} s:\n{output}\n{self.logs()}") from None
+        return self.process.returncode, output
+
+    def status(self) -> TrainingRun:
+        run = self.run_folder.read_run()
+        assert run is not None
+        return run
+
+    def logs(self) -> str:
+        return "\n".join(f"{file}:\n{file.read_text()[-3000:]}" for file in sorted(self.run_folder.logs.glob("*.log")))
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        marker = self.run_folder.storage / f"checkpoint-{step}" / ".posttrain-complete.json"
+        poll(marker.exists, what=f"checkpoint {step}: {self.run_folder.path}")
+
+    def processes(self, *, rank: int | None = None) -> list[int]:
+        """Return the living processes of its pods, or only those of a rank, which their environment tells."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (process / "environ").read_bytes()
+            except OSError:
+                continue
+            variables = environment.split(b"\0")
+            ours = f"POSTTRAIN_RUNTIME={self.run_folder.path}".encode() in environment
+            if ours and (rank is None or (f"RANK={rank}".encode() in variables and b"LOCAL_RANK=" in environment)):
+                found.append(int(process.name))
+        return found
+
+
+def poll(condition: Callable[[], bool], *, what: str, seconds: float = WAIT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def command(tmp_path: Path, tiny_model: Path, rows: Path):
+    """A run of two ranks that takes long enough to be disturbed; nothing of it is left at the end."""
+    made = Command(
+        folder=tmp_path / "work",
+        spec={
+            "model": {"source": f"file://{tiny_model}"},
+            "datasets": [{"source": f"file://{rows}"}],
+            "sft": {"args": {**ARGS, "max_steps": 40, "per_device_train_batch_size": 1}},
+            "resources": {"gpusPerNode": 0, "processesPerNode": 2},
+            "checkpoints": {"everySteps": 4},
+        },
+    )
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.process.kill()
+        made.process.wait()
+    poll(lambda: not made.processes(), what="the end of every process", seconds=60)
+
+
+def test_a_killed_rank_restarts_the_gang_and_the_status_counts_what_it_cost(command: Command) -> None:
+    command.start()
+    command.wait_for_checkpoint(8)
+    os.kill(command.processes(rank=1)[0], signal.SIGKILL)
+    code, output = command.wait()
+    assert code == 0, output + command.logs()
+
+    run = command.status()
+    status = run.status
+    assert (status.stage, status.attempt) == ("Succeeded", 2)
+    assert status.restarts is not None
+    assert (status.restarts.infrastructure, status.restarts.application) == (1, 0)
+    history = json.loads((command.run_folder.storage / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 41))
+    facts = [FACT.validate_json(line) for line in (command.run_folder.storage / "facts.jsonl").open("rb")]
+    resumed = next(f.body.resumed_from_step for f in facts if f.attempt == 2 and f.body.type == "Started")
+    reached = next(f.body.last_step for f in facts if f.attempt == 1 and f.body.type == "Result")
+    assert resumed >= 8
+    assert status.restarts.steps_lost == reached - resumed
+    assert "RankKilled" in output
+    assert (command.run_folder.path / "report.html").stat().st_size > 10_000
+
+
+def test_after_a_kill_of_the_command_nothing_is_left_and_the_next_one_goes_on(command: Command) -> None:
+    command.start()
+    command.wait_for_checkpoint(8)
+    assert command.process is not None
+    command.process.kill()
+    command.process.communicate()
+    poll(lambda: not command.processes(), what="the end of every process", seconds=60)
+
+    code, output = command.start().wait()
+    assert code == 0, output + command.logs()
+    status = command.status().status
+    assert (status.stage, status.attempt) == ("Succeeded", 2)
+    assert status.restarts is not None and status.restarts.infrastructure == 1
+    # What the ranks wrote while nobody listened has arrived by now.
+    told = [FACT.validate_json(line) for line in (command.run_folder.storage / "facts.jsonl").open("rb")]
+    last = {(fact.attempt, fact.source): fact.seq for fact in told}
+    assert status.progress is not None and status.progress.acknowledged is not None
+    assert last == {(a.attempt, a.source): a.seq for a in status.progress.acknowledged if (a.attempt, a.source) in last}
+
+
+def test_a_second_command_is_refused_and_an_interrupted_one_resumes_at_no_cost(command: Command) -> None:
+    command.start()
+    command.wait_for_checkpoint(4)
+    assert command.process is not None
+    second = subprocess.run(
+        [POSTTRAIN, "run", "run.yaml"], cwd=command.folder, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert second.returncode == 2
+    assert f"is already being executed by process {command.process.pid}" in second.stderr
+
+    command.process.send_signal(signal.SIGINT)
+    code, output = command.wait()
+    assert code == 130, output + command.logs()
+    assert "To resume: posttrain run run.yaml" in output
+    assert not command.processes()
+    suspended = command.status().status
+    assert suspended.stage == "Suspended"
+
+    code, output = command.start().wait()
+    assert code == 0, output + command.logs()
+    status = command.status().status
+    assert (status.stage, status.attempt) == ("Succeeded", 2)
+    assert status.restarts is not None
+    assert (status.restarts.infrastructure or 0, status.restarts.steps_lost or 0) == (0, 0)
+
+    code, output = command.start("--set", "spec.sft.args.learning_rate=1e-5").wait()
+    assert code == 2
+    assert "spec.sft.args.learning_rate" in output and "another metadata.name" in output
+
+
+def test_what_prepare_finds_wrong_ends_the_command_before_any_training(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
+    command.spec["datasets"] = [{"source": f"file://{tmp_path}/odd.jsonl"}]
+    code, output = command.start().wait()
+    assert code == 2, output + command.logs()
+    assert "question" in output and "messages" in output
+    assert not (command.run_folder.storage / "facts.jsonl").read_text().count('"Started"')
+    assert [file.name for file in command.run_folder.logs.glob("*.log")] == ["tiny-prepare-0.log"]
+
+
+def test_a_file_with_problems_writes_nothing(command: Command) -> None:
+    command.spec["resources"] = {"gpusPerNode": 8}
+    command.spec["model"] = {"source": "file://./nowhere"}
+    code, output = command.start().wait()
+    assert code == 2
+    assert "--set spec.resources.gpusPerNode=0" in output and "nowhere: correct the path" in output
+
+    command.spec["sft"]["args"] |= {"learning_rat": 1e-4, "output_dir": "/tmp/x"}
+    code, output = command.start().wait()
+    assert code == 2
+    assert "did you mean learning_rate?" in output and "output_dir: is set by posttrain" in output
+    assert not (command.folder / ".posttrain").exists()

@@ -41,9 +41,9 @@ test-unit: setup ## Run the tests that need no trainer environment
 test-workloads: setup ## Run the tests in the trainer environment
 	$(VENV)/bin/pytest -m workloads $(PYTEST_ARGS)
 
-generate: setup ## Write the generated files anew: CRDs, their reference, argument tables
-	$(PY) -m posttrain.crds
+generate: setup ## Write the generated files anew: argument tables, CRDs, their reference
 	$(PY) scripts/generate_tables.py
+	$(PY) -m posttrain.crds
 
 verify: generate ## Fail if a generated file differs from the committed one
 	git diff --exit-code -- $(GENERATED)

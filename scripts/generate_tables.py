@@ -58,6 +58,7 @@ OWNED = {
     "report_to": "write spec.tracking.reportTo",
     "resume_from_checkpoint": "a run goes on from its newest verified checkpoint by itself",
     "save_on_each_node": f"{_CHECKPOINTS}, in a storage that all nodes share",
+    "save_only_model": "a restart goes on from a checkpoint, which needs the optimizer's state: leave it out",
     "save_steps": "write spec.checkpoints.everySteps",
     "save_strategy": f"{_CHECKPOINTS}: write spec.checkpoints.everySteps",
     "save_total_limit": "write spec.checkpoints.keepLast",

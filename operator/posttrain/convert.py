@@ -47,7 +47,6 @@ _DROPPED = {
     "lora_target_parameters": _ADAPTER,
     "lora_task_type": "it is CAUSAL_LM",
     "num_completions_to_print": "it belongs to GRPO",
-    "save_only_model": "a restart goes on from a checkpoint, which needs the optimizer's state",
     "system_prompt": "open-r1 uses it in SFT for benchmarks only, and trains without it; to train with a system "
     "message, write spec.systemPrompt",
     "use_bnb_nested_quant": _QUANTIZATION,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from posttrain.api.training_run import TrainingRun, TrainingRunStatus
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.training_run_status import TrainingRunStatus
 from posttrain.contract.facts import Fact, FactBody, FactsReport
 from posttrain.contract.result import Result, to_termination_message
 from posttrain.plan import labels, names

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from posttrain.api.training_run import Metric, Progress, RestartsStatus, TrainingRun, TrainingRunStatus
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.training_run_status import Metric, Progress, RestartsStatus, TrainingRunStatus
 from posttrain.local.display import open_view
 from posttrain.local.state import RunFolder
 from posttrain.local.status_text import align, detail_lines, format_bytes, format_duration, table_row

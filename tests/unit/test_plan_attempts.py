@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.api.training_run import FirstErrorReport, ResultReport
+from posttrain.api.training_run_status import FirstErrorReport, ResultReport
 from posttrain.contract.result import Result
 from posttrain.plan.attempts import Gang, completed_result, find_cause, gang_hash, settling_until
 from posttrain.plan.pytorchjob import parse_job_state

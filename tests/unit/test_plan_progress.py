@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.api.training_run import HistoryPoint, LatestCheckpoint, Metric, Progress, SkippedCheckpoint
+from posttrain.api.training_run_status import HistoryPoint, LatestCheckpoint, Metric, Progress, SkippedCheckpoint
 from posttrain.contract.facts import (
     CheckpointSaved,
     CheckpointSkipped,

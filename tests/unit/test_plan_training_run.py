@@ -13,7 +13,8 @@ import pytest
 import posttrain.plan
 from posttrain.api.conditions import TRAINING_RUN_CONDITIONS, find_condition
 from posttrain.api.reasons import REASONS
-from posttrain.api.training_run import Progress, TrainingRun
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.training_run_status import Progress
 from posttrain.contract.config import TrainingConfig
 from posttrain.contract.facts import CheckpointSaved, FirstError, Logged, PrepareResult, Started
 from posttrain.contract.progress import KubeflowReport

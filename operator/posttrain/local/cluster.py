@@ -20,7 +20,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from posttrain.api.training_run import TrainingRunStatus
+from posttrain.api.training_run_status import TrainingRunStatus
 from posttrain.local.container import Container, Ended, ProcessId
 from posttrain.local.jobs import JobOutcome, Rendezvous, reconcile_job, reconcile_pytorchjob
 from posttrain.local.leftovers import end_leftovers

@@ -17,7 +17,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.api.training_run import TrainingRun, TrainingRunStatus
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.training_run_status import TrainingRunStatus
 from posttrain.local.report import REPORT_NAME, write_report
 from posttrain.local.state import RunFolder
 from posttrain.local.status_text import (

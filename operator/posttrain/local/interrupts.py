@@ -30,8 +30,9 @@ class Interrupts:
     def __enter__(self) -> Self:
         """Take over the signals."""
         for number in _SIGNALS:
-            # Started with `nohup`, a closed terminal means nothing to us either.
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # Under `nohup` a closed terminal means nothing to us either. An ignored SIGINT is only what a shell gives
+            # to its background jobs, and whoever sends one to them means it.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 

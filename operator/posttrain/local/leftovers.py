@@ -14,6 +14,7 @@ from pathlib import Path
 
 from posttrain.errors import UserError
 from posttrain.local.container import ProcessId
+from posttrain.local.shim import descendants
 
 _RETRY_SECONDS = 0.02
 _PATIENCE_SECONDS = 60
@@ -22,9 +23,8 @@ _PATIENCE_SECONDS = 60
 def end_leftovers(folder: Path, *, recorded: Iterable[ProcessId] = ()) -> list[int]:
     """Kill what is left of the pods below `folder`, and return the process ids.
 
-    Two things tell that a process is one of them: its id with its start time, as recorded when it was started; and,
-    where the system shows it (Linux), an environment with a path below `folder`, which every process below a pod's
-    inherits.
+    Two things tell that a process is one of them: it is below a recorded one; or, where the system shows it (Linux),
+    its environment has a path below `folder`, which every process below a pod's inherits.
 
     Raises:
         UserError: one of them does not end.
@@ -32,7 +32,7 @@ def end_leftovers(folder: Path, *, recorded: Iterable[ProcessId] = ()) -> list[i
     known = tuple(recorded)
     ended: set[int] = set()
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while found := {process.pid for process in known if process.is_alive()} | set(_find_below(folder)):
+    while found := {pid for process in known for pid in _lowest(process)} | set(_find_below(folder)):
         if time.monotonic() > deadline:
             raise UserError(
                 f"process {min(found)} of an earlier `posttrain run` of this run cannot be ended: it hangs in the "
@@ -45,6 +45,13 @@ def end_leftovers(folder: Path, *, recorded: Iterable[ProcessId] = ()) -> list[i
         ended |= found
         time.sleep(_RETRY_SECONDS)
     return sorted(ended)
+
+
+def _lowest(process: ProcessId) -> list[int]:
+    """Return what is below a process, or itself when nothing is: a shim must not die before those that it holds."""
+    if not process.is_alive():
+        return []
+    return descendants(process.pid) or [process.pid]
 
 
 def _find_below(folder: Path) -> list[int]:

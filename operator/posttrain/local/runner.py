@@ -18,7 +18,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from posttrain.api.conditions import ACCEPTED, FINISHED, SUCCEEDED, find_condition, is_true
-from posttrain.api.training_run import TrainingRun, TrainingRunStatus
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.training_run_status import TrainingRunStatus
 from posttrain.contract.result import ExitCode
 from posttrain.errors import UserError
 from posttrain.local.cluster import LocalCluster

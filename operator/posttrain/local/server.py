@@ -26,6 +26,7 @@ from posttrain.plan.progress import facts_reply, next_progress
 _ADDRESS = "127.0.0.1"
 _DRAINED_BYTES = 1024 * 1024
 _SOCKET_SECONDS = 10.0
+_POLL_SECONDS = 0.1
 
 
 class ProgressServer:
@@ -40,7 +41,9 @@ class ProgressServer:
         metadata = store.run.metadata
         self._path = "/" + resource_path(namespace=metadata.namespace, run=metadata.name)
         self._http = _Server((_ADDRESS, 0), partial(_Handler, self))
-        self._thread = Thread(target=self._http.serve_forever, name="progress-server", daemon=True)
+        self._thread = Thread(
+            target=self._http.serve_forever, args=(_POLL_SECONDS,), name="progress-server", daemon=True
+        )
         self._thread.start()
 
     @property

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from posttrain.api.conditions import FINISHED, SUCCEEDED, find_condition, is_true
-from posttrain.api.training_run import FailureStatus, TrainingRun, TrainingRunStatus
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.training_run_status import FailureStatus, TrainingRunStatus
 from posttrain.local.curves import format_value
 
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

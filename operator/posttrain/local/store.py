@@ -10,7 +10,8 @@ from collections.abc import Callable
 from datetime import datetime
 from threading import Lock
 
-from posttrain.api.training_run import Progress, TrainingRun, TrainingRunStatus
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.training_run_status import Progress, TrainingRunStatus
 from posttrain.local.state import RunFolder, write_atomically
 
 

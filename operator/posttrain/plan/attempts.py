@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from posttrain.api.reasons import CONSEQUENCES, REASONS, advice_for
-from posttrain.api.training_run import FirstErrorReport, ResultReport
+from posttrain.api.training_run_status import FirstErrorReport, ResultReport
 from posttrain.contract.result import ExitCode, Result, parse_termination_message
 from posttrain.plan.manifests import (
     is_being_deleted,

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from posttrain.api.reasons import REASONS, advice_for
-from posttrain.api.training_run import PrepareReport
+from posttrain.api.training_run_status import PrepareReport
 from posttrain.contract.result import Result, parse_termination_message
 from posttrain.plan import labels
 from posttrain.plan.manifests import pods_of_role, terminated_state

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from posttrain.api.reasons import CONSEQUENCES
-from posttrain.api.training_run import (
+from posttrain.api.training_run_status import (
     Acknowledged,
     FirstErrorReport,
     HistoryPoint,

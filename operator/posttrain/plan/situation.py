@@ -11,7 +11,8 @@ from datetime import datetime
 from functools import cached_property
 
 from posttrain.api.args import coerce_args, load_table
-from posttrain.api.training_run import Progress, ProvenanceStatus, TrainingRun, TrainingRunSpec, TrainingRunStatus
+from posttrain.api.training_run import TrainingRun, TrainingRunSpec
+from posttrain.api.training_run_status import Progress, ProvenanceStatus, TrainingRunStatus
 from posttrain.contract.config import ResolvedSource, config_hash
 from posttrain.errors import Problem
 from posttrain.plan import labels, names, sources

@@ -14,12 +14,7 @@ from typing import Any
 from posttrain.api import conditions
 from posttrain.api.conditions import Condition, ConditionStatus, find_condition, next_condition
 from posttrain.api.reasons import REASONS
-from posttrain.api.training_run import (
-    CheckpointsStatus,
-    ProvenanceStatus,
-    Stage,
-    TrainingRunStatus,
-)
+from posttrain.api.training_run_status import CheckpointsStatus, ProvenanceStatus, Stage, TrainingRunStatus
 from posttrain.plan.attempts import gang_hash
 from posttrain.plan.manifests import container_status
 from posttrain.plan.situation import Situation

@@ -19,12 +19,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from posttrain.api.reasons import REASONS, advice_for
-from posttrain.api.training_run import (
-    FailureStatus,
-    ModelStatus,
-    ProvenanceStatus,
-    TrainingRun,
-)
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.training_run_status import FailureStatus, ModelStatus, ProvenanceStatus
 from posttrain.plan.attempts import NON_FINITE, Cause, completed_result, find_cause, settling_until
 from posttrain.plan.children import (
     attempt_children,

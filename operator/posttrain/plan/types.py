@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.api.training_run import TrainingRunStatus
+from posttrain.api.training_run_status import TrainingRunStatus
 
 Manifest = dict[str, Any]
 """A complete Kubernetes object as JSON data."""

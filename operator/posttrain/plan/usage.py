@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from posttrain.api.training_run import Progress, UsageStatus
+from posttrain.api.training_run_status import Progress, UsageStatus
 from posttrain.plan.manifests import is_live, parse_time, terminated_state
 from posttrain.plan.situation import Situation
 from posttrain.plan.trainer_pod import TRAINER_CONTAINER

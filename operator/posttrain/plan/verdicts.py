@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.api.args import load_table
 from posttrain.api.reasons import advice_for
-from posttrain.api.training_run import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
+from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Cause
 from posttrain.plan.children import attempt_children, run_children
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline

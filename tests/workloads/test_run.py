@@ -39,7 +39,7 @@ class Command:
     def run_folder(self) -> RunFolder:
         return RunFolder(self.folder / ".posttrain" / "tiny")
 
-    def start(self, *arguments: str) -> Command:
+    def write(self) -> None:
         resource = {
             "apiVersion": "posttrain.dev/v1alpha1",
             "kind": "TrainingRun",
@@ -48,6 +48,9 @@ class Command:
         }
         self.folder.mkdir(exist_ok=True)
         (self.folder / "run.yaml").write_text(dump_document(resource))
+
+    def start(self, *arguments: str) -> Command:
+        self.write()
         environment = {name: value for name, value in os.environ.items() if name != "POSTTRAIN_STATE"}
         self.process = subprocess.Popen(
             [POSTTRAIN, "run", "run.yaml", *arguments],
@@ -195,6 +198,31 @@ def test_a_second_command_is_refused_and_an_interrupted_one_resumes_at_no_cost(c
     code, output = command.start("--set", "spec.sft.args.learning_rate=1e-5").wait()
     assert code == 2
     assert "spec.sft.args.learning_rate" in output and "another metadata.name" in output
+
+
+def test_status_needs_nothing_from_the_storage(command: Command) -> None:
+    """The record arrives as facts: an executor that may not read what the ranks write knows the same."""
+    command.spec["resources"] = {"gpusPerNode": 0}
+    command.spec["sft"]["args"]["max_steps"] = 6
+    command.write()
+    script = Path(__file__).with_name("run_without_storage.py")
+    done = subprocess.run(
+        [sys.executable, script, "run.yaml", ".posttrain"],
+        cwd=command.folder,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + command.logs()
+    status = command.status().status
+    assert status.stage == "Succeeded"
+    assert status.checkpoints is not None and status.checkpoints.latest_step == 6
+    assert status.model is not None and status.model.uri == "pvc://tiny/tiny/model"
+    assert status.progress is not None and status.progress.history is not None
+    trained = json.loads((command.run_folder.storage / "trainer_state.json").read_text())["log_history"]
+    told = [(point.step, float(point.loss)) for point in status.progress.history if point.loss is not None]
+    assert told == [(entry["step"], pytest.approx(entry["loss"])) for entry in trained if "loss" in entry]
 
 
 def test_what_prepare_finds_wrong_ends_the_command_before_any_training(command: Command, tmp_path: Path) -> None:

@@ -142,6 +142,16 @@ def test_a_second_termination_shortens_the_grace_period(tmp_path: Path) -> None:
     assert ended.signal == signal.SIGKILL
 
 
+def test_terminating_a_container_that_has_ended_does_nothing(tmp_path: Path) -> None:
+    started = _Started(tmp_path, "pass")
+    first = started.end()
+
+    started.container.terminate(grace_seconds=0)
+
+    assert first is not None
+    assert (first.exit_code, started.ends.empty()) == (0, True)
+
+
 PARENT = """
 import signal, sys
 from pathlib import Path

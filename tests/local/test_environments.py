@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import UserError
-from posttrain.local.environments import cache_root, ensure_environment, images_root
+from posttrain.local.environments import COMPLETE_MARKER, cache_root, ensure_environment, images_root
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -94,7 +94,7 @@ def test_an_environment_is_made_once_for_a_lock_and_anew_for_another(tmp_path: P
 def test_an_environment_that_was_not_completed_is_made_anew(tmp_path: Path, images: Path) -> None:
     interpreter = ensure_environment("small", cache=tmp_path / "cache", report=str, images=images)
     folder = interpreter.parents[1]
-    (folder / ".posttrain-complete").unlink()
+    (folder / COMPLETE_MARKER).unlink()
     next(folder.rglob("tiny.py")).unlink()
 
     ensure_environment("small", cache=tmp_path / "cache", report=str, images=images)

@@ -27,7 +27,7 @@ from posttrain.api.rules import Rule
 
 HUB_SOURCE = r"(hf://)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9._-]{1,96})?"
 PVC_SOURCE = r"pvc://[a-z]([-a-z0-9]{0,61}[a-z0-9])?/[^\s]+"
-FILE_SOURCE = r"file://[^\s]+"
+FILE_SOURCE = r"file://[^\s]([^\r\n]*[^\s])?"
 SOURCE_PATTERN = f"^({HUB_SOURCE}|{PVC_SOURCE}|{FILE_SOURCE})$"
 
 Source = Annotated[str, StringConstraints(pattern=SOURCE_PATTERN, min_length=1, max_length=1100)]

@@ -66,11 +66,15 @@ class Container:
         self._reader.start()
 
     def terminate(self, *, grace_seconds: float) -> None:
-        """End it: SIGTERM, and SIGKILL to everything in it when the grace period is over; 0 means at once."""
+        """End it: SIGTERM, and SIGKILL to everything in it when the grace period is over; 0 means at once.
+
+        Nothing happens where it has ended already.
+        """
         with self._input_lock, suppress(BrokenPipeError):
             assert self._shim.stdin is not None
-            self._shim.stdin.write(f"terminate {grace_seconds}\n".encode())
-            self._shim.stdin.flush()
+            if not self._shim.stdin.closed:
+                self._shim.stdin.write(f"terminate {grace_seconds}\n".encode())
+                self._shim.stdin.flush()
 
     def wait(self, *, timeout_seconds: float | None = None) -> bool:
         """Wait for its end; return whether it came."""

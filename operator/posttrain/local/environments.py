@@ -21,7 +21,7 @@ from pathlib import Path
 from posttrain.errors import UserError
 from posttrain.local.container import Command, open_shim, read_end
 
-_MARKER = ".posttrain-complete"
+COMPLETE_MARKER = ".posttrain-complete"
 """Written last: an environment without it is made anew. No rename: its scripts hold its path."""
 _LAST_LINES = 15
 
@@ -54,20 +54,24 @@ def ensure_environment(
         UserError: there is no such image, no uv, or uv could not install what the lock names.
     """
     requirements = _requirements(name, images=images or images_root())
-    folder = cache / "envs" / f"{name}-{_key(requirements)}"
+    folder = environment_folder(name, cache=cache, images=images)
     interpreter = folder / "bin" / "python"
-    if (folder / _MARKER).exists():
+    if (folder / COMPLETE_MARKER).exists():
         return interpreter
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock"), report=report):
-        if not (folder / _MARKER).exists():
+        if not (folder / COMPLETE_MARKER).exists():
             _make(folder, requirements=requirements, report=report)
     return interpreter
 
 
-def environment_key(interpreter: Path) -> str:
-    """Return the name of the environment that an interpreter belongs to; it changes with the lock's content."""
-    return interpreter.parents[1].name
+def environment_folder(name: str, *, cache: Path, images: Path | None = None) -> Path:
+    """Return where an image's environment lies, made or not; another content of its lock lies elsewhere.
+
+    Raises:
+        UserError: there is no such image.
+    """
+    return cache / "envs" / f"{name}-{_key(_requirements(name, images=images or images_root()))}"
 
 
 def _requirements(name: str, *, images: Path) -> Path:
@@ -110,7 +114,7 @@ def _make(folder: Path, *, requirements: Path, report: Callable[[str], None]) ->
         ],
         report=report,
     )
-    (folder / _MARKER).touch()
+    (folder / COMPLETE_MARKER).touch()
 
 
 def _find_uv() -> str:

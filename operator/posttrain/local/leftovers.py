@@ -20,8 +20,8 @@ _RETRY_SECONDS = 0.02
 _PATIENCE_SECONDS = 60
 
 
-def end_leftovers(folder: Path, *, recorded: Iterable[ProcessId] = ()) -> list[int]:
-    """Kill what is left of the pods below `folder`, and return the process ids.
+def end_leftovers(folder: Path, *, recorded: Iterable[ProcessId] = ()) -> None:
+    """Kill what is left of the pods below `folder`, and wait until it is gone.
 
     Two things tell that a process is one of them: it is below a recorded one; or, where the system shows it (Linux),
     its environment has a path below `folder`, which every process below a pod's inherits.
@@ -30,7 +30,6 @@ def end_leftovers(folder: Path, *, recorded: Iterable[ProcessId] = ()) -> list[i
         UserError: one of them does not end.
     """
     known = tuple(recorded)
-    ended: set[int] = set()
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while found := {pid for process in known for pid in _lowest(process)} | set(_find_below(folder)):
         if time.monotonic() > deadline:
@@ -42,9 +41,7 @@ def end_leftovers(folder: Path, *, recorded: Iterable[ProcessId] = ()) -> list[i
         for pid in found:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        ended |= found
         time.sleep(_RETRY_SECONDS)
-    return sorted(ended)
 
 
 def _lowest(process: ProcessId) -> list[int]:

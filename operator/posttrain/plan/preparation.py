@@ -96,7 +96,8 @@ def _failed(
     elif problems:
         word = _LEADING_WORD.match(problems[0])
         reason = word["reason"] if word and word["reason"] in REASONS else reason
-    message = "\n".join(problems) or (result.message if result else "") or job_message or REASONS[reason].message
+    found = problems[0].removeprefix(f"{reason}: ") if len(problems) == 1 else "\n".join(problems)
+    message = found or (result.message if result else "") or job_message or REASONS[reason].message
     terminated = (terminated_state(pod, PREPARE_CONTAINER) if pod else None) or {}
     return Preparation(
         state="Failed",

@@ -28,9 +28,9 @@ def python(program: str) -> tuple[str, ...]:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process is there and no zombie."""
+    """Return whether a process is there, and neither a zombie nor dead."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
 

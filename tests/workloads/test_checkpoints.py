@@ -20,6 +20,7 @@ from posttrain_workloads.checkpoints import (
     verify_folder,
 )
 from posttrain_workloads.runtime import RankFailure
+from tests.support.processes import wait_for
 
 MARKER = ".posttrain-complete.json"
 
@@ -119,10 +120,7 @@ def test_nothing_counts_before_the_last_rank_is_done(tmp_path: Path) -> None:
     first = build_keeper(tmp_path, rank=0, world_size=2, marked=marked)
     second = build_keeper(tmp_path, rank=1, world_size=2)
     first.finalise(4)
-    deadline = time.monotonic() + 10
-    while not (folder / ".rank-0.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for((folder / ".rank-0.json").exists, what="rank 0's part of the manifest")
     assert not (folder / MARKER).exists()
     assert marked == []
     second.finalise(4)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.launch import count_oom_kills
 from posttrain_workloads.storage import StorageHoldsAnotherRun, claim_storage
+from tests.support.processes import is_alive, wait_for
 from tests.workloads._configs import Pod, build_config, free_port, rank_pid
 
 OWN_CODE = Path(__file__).with_name("own_code")
@@ -25,21 +25,6 @@ NOWHERE = Path("/nowhere/model")
 def build_pod(tmp_path: Path, config: TrainingConfig, *, python: Path = Path(sys.executable), **fields) -> Pod:
     name = f"pod-{fields.get('node', 0)}"
     return Pod(storage=tmp_path / "storage", folder=tmp_path / name, python=python, config=config, **fields)
-
-
-def wait_for(condition: Callable[[], bool], *, what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in "ZX"
 
 
 def test_launch_imports_neither_torch_nor_anything_that_does() -> None:
@@ -134,7 +119,7 @@ def test_nothing_outlives_a_killed_launch(tmp_path: Path, trainer_python: Path, 
     assert is_alive(torchrun)
     os.kill(pod.process.pid, signal.SIGKILL)
     pod.process.wait()
-    wait_for(lambda: not is_alive(torchrun) and not is_alive(rank), what="torchrun and its rank end")
+    wait_for(lambda: not is_alive(torchrun) and not is_alive(rank), what="the end of torchrun and its rank", seconds=30)
 
 
 @pytest.mark.workloads

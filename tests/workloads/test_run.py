@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from posttrain.api.loader import dump_document
 from posttrain.api.training_run import TrainingRun
 from posttrain.contract.facts import FACT
 from posttrain.local.state import RunFolder
+from tests.support.processes import wait_for
 from tests.workloads._configs import ARGS
 
 pytestmark = pytest.mark.workloads
@@ -83,7 +82,7 @@ class Command:
 
     def wait_for_checkpoint(self, step: int) -> None:
         marker = self.run_folder.storage / f"checkpoint-{step}" / ".posttrain-complete.json"
-        poll(marker.exists, what=f"checkpoint {step}: {self.run_folder.path}")
+        wait_for(marker.exists, what=f"checkpoint {step}: {self.run_folder.path}", seconds=WAIT_SECONDS)
 
     def processes(self, *, rank: int | None = None) -> list[int]:
         """Return the living processes of its pods, or only those of a rank, which their environment tells."""
@@ -98,13 +97,6 @@ class Command:
             if ours and (rank is None or (f"RANK={rank}".encode() in variables and b"LOCAL_RANK=" in environment)):
                 found.append(int(process.name))
         return found
-
-
-def poll(condition: Callable[[], bool], *, what: str, seconds: float = WAIT_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -124,7 +116,7 @@ def command(tmp_path: Path, tiny_model: Path, rows: Path):
     if made.process is not None and made.process.poll() is None:
         made.process.kill()
         made.process.wait()
-    poll(lambda: not made.processes(), what="the end of every process", seconds=60)
+    wait_for(lambda: not made.processes(), what="the end of every process", seconds=60)
 
 
 def test_a_killed_rank_restarts_the_gang_and_the_status_counts_what_it_cost(command: Command) -> None:
@@ -156,7 +148,7 @@ def test_after_a_kill_of_the_command_nothing_is_left_and_the_next_one_goes_on(co
     assert command.process is not None
     command.process.kill()
     command.process.communicate()
-    poll(lambda: not command.processes(), what="the end of every process", seconds=60)
+    wait_for(lambda: not command.processes(), what="the end of every process", seconds=60)
 
     code, output = command.start().wait()
     assert code == 0, output + command.logs()

@@ -25,7 +25,7 @@ from posttrain.contract.facts import (
 )
 from posttrain.contract.progress import KubeflowReport
 from posttrain.contract.result import Result
-from posttrain.plan.progress import HISTORY_MAX_POINTS, facts_reply, next_progress
+from posttrain.plan.progress import HISTORY_MAX_POINTS, facts_reply, must_show_at_once, next_progress
 from tests.support.builders import T0, at, build_fact, build_report
 
 
@@ -341,3 +341,39 @@ def test_progress_stays_small_whatever_is_reported() -> None:
     assert len(json.dumps(progress.to_data())) < 12_500
     assert len(progress.acknowledged or []) <= 32
     assert ("rank-0", 221) in [(a.source, a.seq) for a in progress.acknowledged or []]
+
+
+# --- What status must have at once -----------------------------------------------------------------------------------
+
+
+TRAINING = take(None, build_report(started(resumed_from=10)), step(20))
+"""Attempt 1 of 100 steps, which began at step 10 and is at step 20; fact 1 is acknowledged."""
+
+
+@pytest.mark.parametrize(
+    ("known", "report", "at_once"),
+    [
+        (None, build_report(phase="loading"), True),
+        (Progress(), step(1), True),
+        (TRAINING, build_report(phase="loading", attempt=2), True),
+        (TRAINING, step(21), False),
+        (TRAINING, step(100), True),
+        (take(TRAINING, step(100)), step(100), False),
+        (take(None, build_report(started(resumed_from=10))), step(10), False),
+        (take(None, build_report(started(resumed_from=10))), step(11), True),
+        (TRAINING, build_report(phase="training", step=30), False),
+        (TRAINING, build_report(logged(30), first_seq=2), False),
+        (TRAINING, build_report(logged(100), first_seq=2), True),
+        (TRAINING, build_report(logged(30), first_seq=2, waiting=True), True),
+        (TRAINING, build_report(logged(30), first_seq=1, waiting=True), False),
+        (TRAINING, build_report(saved(30), first_seq=2), True),
+        (TRAINING, build_report(saved(30), first_seq=1), False),
+        (TRAINING, build_report(logged(30), saved(30), first_seq=7), True),
+        (take(TRAINING, build_report(attempt=2)), step(100), False),
+        (take(TRAINING, build_report(attempt=2)), build_report(saved(30), first_seq=2), True),
+    ],
+)
+def test_status_has_at_once_what_a_condition_or_a_person_waits_for(
+    known: Progress | None, report: FactsReport | KubeflowReport, at_once: bool
+) -> None:
+    assert must_show_at_once(known, report) is at_once

@@ -7,14 +7,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from posttrain.contract.facts import AcknowledgedSource, Fact, FactsReply, FactsReport
+from posttrain.contract.facts import AcknowledgedSource, Fact, FactsReply, FactsReport, is_urgent
 
 
 class FactsServer:
-    """Takes reports on 127.0.0.1 and acknowledges each source as far as its facts follow on each other."""
+    """Takes reports on 127.0.0.1 and acknowledges each source as far as its facts follow on each other.
 
-    def __init__(self, *, status: int = 200) -> None:
+    With `hold_seconds` it acknowledges only what is urgent or waited for, and asks to wait so long with the rest.
+    """
+
+    def __init__(self, *, status: int = 200, hold_seconds: float | None = None) -> None:
         self.status = status
+        self.hold_seconds = hold_seconds
         self.reports: list[FactsReport] = []
         self.headers: list[dict[str, str]] = []
         self.statuses: list[dict[str, Any]] = []
@@ -55,6 +59,10 @@ class FactsServer:
         with self.changed:
             self.reports.append(report)
             self.headers.append(headers)
+            urgent = report.waiting or any(is_urgent(fact.body) for fact in report.facts)
+            if self.hold_seconds is not None and report.facts and not urgent:
+                self.changed.notify_all()
+                return FactsReply(retry_after_seconds=self.hold_seconds).model_dump_json().encode()
             for fact in report.facts:
                 known = self.taken.setdefault((fact.attempt, fact.source), [])
                 if fact.seq == len(known) + 1:

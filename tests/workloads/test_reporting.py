@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from posttrain.contract.facts import FACT, AcknowledgedSource, Fact, Logged, PhaseChanged
+from posttrain.contract.facts import FACT, AcknowledgedSource, CheckpointSaved, Fact, FactsReply, Logged, PhaseChanged
 from posttrain_workloads.reporting import FactClient, FactLog, Reporter, open_reporter
 from tests.workloads._configs import free_port
 from tests.workloads._server import FactsServer
@@ -165,3 +165,103 @@ def test_a_reporter_of_another_runs_storage_writes_nothing_there(tmp_path: Path)
     assert reporter.close(timeout_seconds=20)
     assert list(tmp_path.iterdir()) == []
     assert steps(server.taken[1, "launch-0"]) == [1]
+
+
+def logged(step: int) -> Logged:
+    return Logged(step=step, metrics={})
+
+
+def with_facts(server: FactsServer) -> list[list[int]]:
+    """Return the sequence numbers that came, report by report."""
+    return [[fact.seq for fact in report.facts] for report in server.reports if report.facts]
+
+
+def test_what_the_server_has_taken_is_not_sent_again_before_its_time(tmp_path: Path) -> None:
+    server = FactsServer(hold_seconds=30)
+    reporter = build_reporter(tmp_path / "facts.jsonl", server)
+    reporter.send(logged(1))
+    assert server.wait_for(lambda s: s.reports)
+    reporter.send(logged(2))
+
+    assert not server.wait_for(lambda s: len(s.reports) > 1, seconds=2.5)
+    assert len(FactLog(tmp_path / "facts.jsonl").unacknowledged()) == 2
+    reporter.close()
+
+
+def test_what_the_server_has_taken_is_sent_again_when_it_asks_for_it(tmp_path: Path) -> None:
+    server = FactsServer(hold_seconds=1.5)
+    reporter = build_reporter(tmp_path / "facts.jsonl", server)
+    reporter.send(logged(1))
+    assert server.wait_for(lambda s: s.reports)
+    reporter.send(logged(2))
+
+    assert server.wait_for(lambda s: len(with_facts(s)) >= 2, seconds=5)
+    assert with_facts(server)[:2] == [[1], [1, 2]]
+    reporter.close()
+
+
+def test_urgent_news_goes_at_once_with_all_that_waits(tmp_path: Path) -> None:
+    server = FactsServer(hold_seconds=30)
+    reporter = build_reporter(tmp_path / "facts.jsonl", server)
+    reporter.send(logged(1))
+    assert server.wait_for(lambda s: s.reports)
+    reporter.send(logged(2))
+    reporter.send(CheckpointSaved(step=2, uri="pvc://c/checkpoint-2", bytes=1, digest="d"))
+
+    assert server.wait_for(lambda s: s.taken, seconds=2)
+    assert with_facts(server) == [[1], [1, 2, 3]]
+    assert FactLog(tmp_path / "facts.jsonl").last_seq(attempt=1, source="rank-0") == 3
+    assert reporter.close(timeout_seconds=20)
+    assert FactLog(tmp_path / "facts.jsonl").unacknowledged() == []
+
+
+def test_a_process_that_ends_waits_for_what_the_server_has_taken(tmp_path: Path) -> None:
+    server = FactsServer(hold_seconds=30)
+    reporter = build_reporter(tmp_path / "facts.jsonl", server)
+    reporter.send(logged(1))
+    assert server.wait_for(lambda s: s.reports)
+
+    assert reporter.close(timeout_seconds=5)
+    assert [report.waiting for report in server.reports if report.facts] == [False, True]
+
+
+def test_a_server_that_holds_even_what_is_waited_for_is_not_asked_without_a_pause(tmp_path: Path) -> None:
+    class Holding(FactsServer):
+        def _take(self, body: bytes, headers: dict[str, str]) -> bytes:
+            super()._take(body, headers)
+            return b'{"retry_after_seconds": 30}'
+
+    server = Holding()
+    reporter = build_reporter(tmp_path / "facts.jsonl", server)
+    reporter.send(logged(1))
+
+    assert not reporter.close(timeout_seconds=2.5)
+    assert 1 <= len(with_facts(server)) <= 4
+
+
+def test_more_than_a_report_holds_is_waited_for(tmp_path: Path) -> None:
+    server = FactsServer(hold_seconds=30)
+    for seq in range(1, 301):
+        FactLog(tmp_path / "facts.jsonl").append(build_fact(seq))
+    reporter = build_reporter(tmp_path / "facts.jsonl", server, attempt=2)
+    reporter.resend()
+
+    assert server.wait_for(lambda s: len(with_facts(s)) == 2, seconds=5)
+    assert [(len(report.facts), report.waiting) for report in server.reports[:2]] == [(256, True), (44, False)]
+    reporter.close()
+
+
+def test_beats_go_on_while_facts_wait(tmp_path: Path) -> None:
+    server = FactsServer(hold_seconds=30)
+    client = FactClient(server.url, token_file=None, ca_file=None)
+    reporter = Reporter(attempt=1, source="rank-0", log=None, client=client, beat_seconds=0.2)
+    reporter.send(PhaseChanged(phase="loading"))
+    assert server.wait_for(lambda s: len(s.reports) >= 3, seconds=10)
+    assert with_facts(server) == [[1]]
+    reporter.close()
+
+
+def test_an_answer_of_a_newer_server_is_understood(tmp_path: Path) -> None:
+    reply = FactsReply.model_validate_json('{"acknowledged": [], "something_new": 1}')
+
+    assert reply == FactsReply()

@@ -33,6 +33,7 @@ from posttrain.contract.facts import (
     FactsReply,
     FactsReport,
     Phase,
+    is_urgent,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ POST_TIMEOUT_SECONDS = 5.0
 POST_INTERVAL_SECONDS = 1.0
 BEAT_INTERVAL_SECONDS = 10.0
 BACKOFF_MAX_SECONDS = 30.0
+HOLD_MAX_SECONDS = 60.0
+"""However long the server asks to wait with what it has taken."""
 _QUEUE_MAX = 10_000
 _UNSENT_MAX = 20_000
 _ENVELOPE_BYTES = 1024
@@ -187,6 +190,9 @@ class Reporter:
         self._bodies: queue.Queue[tuple[datetime, FactBody] | None] = queue.Queue(_QUEUE_MAX)
         self._changed = threading.Condition()
         self._unsent: dict[Key, Fact] = {}
+        self._held_until = 0.0
+        """Until then the server has taken what is unsent, and it waits; on the monotonic clock."""
+        self._urgent = False
         self._unwritten = 0
         self._phase: Phase | None = None
         self._step: int | None = None
@@ -232,6 +238,7 @@ class Reporter:
             return
         with self._changed:
             self._unsent = {**{_key(fact): fact for fact in facts}, **self._unsent}
+            self._urgent |= any(is_urgent(fact.body) for fact in facts)
             self._changed.notify_all()
 
     def flush(self, *, timeout_seconds: float) -> bool:
@@ -287,6 +294,7 @@ class Reporter:
                 # Beyond this many the rest waits in the log for the next process.
                 if self._client is not None and len(self._unsent) < _UNSENT_MAX:
                     self._unsent[_key(fact)] = fact
+                    self._urgent |= is_urgent(body)
                 self._changed.notify_all()
 
     def _last_seq(self) -> int:
@@ -306,8 +314,11 @@ class Reporter:
         failures = 0
         while True:
             with self._changed:
-                # With nothing to send: until a beat is due.
-                self._changed.wait_for(lambda: bool(self._unsent) or self._closing, timeout=self._beat_seconds)
+                # With nothing to send: until a beat is due, or the server's time to send again has come.
+                held = self._held_until - time.monotonic() if self._unsent else self._beat_seconds
+                self._changed.wait_for(
+                    lambda: self._is_due() or self._closing, timeout=max(min(self._beat_seconds, held), 0)
+                )
                 if self._closing:
                     return
                 report = self._next_report()
@@ -320,24 +331,40 @@ class Reporter:
         if failures:
             seconds = min(2.0 ** min(failures, 10) * 0.5, BACKOFF_MAX_SECONDS) * random.uniform(0.75, 1.25)
         with self._changed:
+            held = self._held_until > time.monotonic()
             self._changed.wait_for(
-                lambda: self._closing or self._try_now or (self._flushing and not failures), timeout=seconds
+                lambda: self._closing or self._try_now or (self._flushing and not failures and not held),
+                timeout=seconds,
             )
             self._try_now = False
 
+    def _is_due(self) -> bool:
+        """Return whether facts are to be sent now: not what the server has taken, unless something new is urgent."""
+        ripe = self._urgent or self._flushing or time.monotonic() >= self._held_until
+        return bool(self._unsent) and ripe
+
     def _next_report(self) -> FactsReport | None:
-        if not self._unsent and not self._alive and self._phase not in _WITHOUT_STEPS:
+        due = self._is_due()
+        if not due and not self._alive and self._phase not in _WITHOUT_STEPS:
             return None
         self._alive = False
         batch: list[Fact] = []
-        room = BODY_MAX_BYTES - _ENVELOPE_BYTES
-        for key in sorted(self._unsent)[:METRICS_MAX_COUNT]:
-            room -= len(FACT.dump_json(self._unsent[key])) + 1
-            if room < 0 and batch:
-                break
-            batch.append(self._unsent[key])
+        if due:
+            # All of it, and not the news alone: another replica may answer, and what follows a gap is not taken.
+            self._urgent = False
+            room = BODY_MAX_BYTES - _ENVELOPE_BYTES
+            for key in sorted(self._unsent)[:METRICS_MAX_COUNT]:
+                room -= len(FACT.dump_json(self._unsent[key])) + 1
+                if room < 0 and batch:
+                    break
+                batch.append(self._unsent[key])
         return FactsReport(
-            attempt=self._attempt, source=self._source, phase=self._phase, step=self._step, facts=tuple(batch)
+            attempt=self._attempt,
+            source=self._source,
+            phase=self._phase,
+            step=self._step,
+            waiting=bool(batch) and (self._flushing or len(batch) < len(self._unsent)),
+            facts=tuple(batch),
         )
 
     def _post(self, report: FactsReport, *, client: FactClient) -> bool:
@@ -345,6 +372,8 @@ class Reporter:
             reply = client.post(report)
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._warn("post", f"{client.url} does not take facts ({error}): they are kept and sent again")
+            with self._changed:
+                self._held_until = 0.0
             return False
         self._warned.discard("post")
         if not report.facts:
@@ -356,11 +385,13 @@ class Reporter:
                 self._log.acknowledge(reply.acknowledged)
             except OSError as error:
                 self._warn("acknowledge", f"what was acknowledged cannot be written: {error}")
+        hold = reply.retry_after_seconds
         with self._changed:
             for fact in taken:
                 self._unsent.pop(_key(fact), None)
+            self._held_until = time.monotonic() + min(hold, HOLD_MAX_SECONDS) if hold is not None else 0.0
             self._changed.notify_all()
-        return bool(taken)
+        return bool(taken) or hold is not None
 
 
 def open_reporter(

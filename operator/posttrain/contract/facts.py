@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from posttrain.contract.config import ContractModel
 from posttrain.contract.result import Result
@@ -115,6 +115,11 @@ FactBody = Annotated[
 ]
 
 
+def is_urgent(body: FactBody) -> bool:
+    """Return whether a condition depends on the fact, or a person waits for it: it must not wait for others."""
+    return not isinstance(body, Logged | PhaseChanged)
+
+
 class Fact(ContractModel):
     """One line of facts.jsonl. `seq` counts from 1 in each (attempt, source)."""
 
@@ -135,6 +140,8 @@ class FactsReport(ContractModel):
     source: str = Field(max_length=NAME_MAX_LENGTH)
     phase: Phase | None = None
     step: int | None = None
+    waiting: bool = False
+    """The sender waits for the acknowledgement: it ends, or has more facts than a report holds."""
     facts: tuple[Fact, ...] = Field(default=(), max_length=METRICS_MAX_COUNT)
 
 
@@ -149,7 +156,12 @@ class AcknowledgedSource(ContractModel):
 class FactsReply(ContractModel):
     """The answer to a FactsReport."""
 
+    # An operator that was upgraded in mid-run answers workloads of the version before.
+    model_config = ConfigDict(extra="ignore")
+
     acknowledged: tuple[AcknowledgedSource, ...] = ()
+    retry_after_seconds: float | None = Field(default=None, ge=0)
+    """What is not acknowledged was taken and is not durable yet: send it again then, or at once with urgent news."""
 
 
 FACT = TypeAdapter(Fact)

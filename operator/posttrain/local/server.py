@@ -15,10 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from typing import Any
 
-from pydantic import ValidationError
-
 from posttrain.contract.facts import BODY_MAX_BYTES, FactsReport
-from posttrain.contract.progress import parse_kubeflow_report
+from posttrain.contract.reports import ENDPOINTS, Endpoint, parse_report
 from posttrain.local.store import RunStore
 from posttrain.plan.names import resource_path
 from posttrain.plan.progress import facts_reply, next_progress
@@ -39,7 +37,8 @@ class ProgressServer:
         self._attempts: dict[str, int] = {}
         self._attempts_lock = Lock()
         metadata = store.run.metadata
-        self._path = "/" + resource_path(namespace=metadata.namespace, run=metadata.name)
+        path = resource_path(namespace=metadata.namespace, run=metadata.name)
+        self._endpoints: dict[str, Endpoint] = {f"/{path}/{endpoint}": endpoint for endpoint in ENDPOINTS}
         self._http = _Server((_ADDRESS, 0), partial(_Handler, self))
         self._thread = Thread(
             target=self._http.serve_forever, args=(_POLL_SECONDS,), name="progress-server", daemon=True
@@ -79,41 +78,28 @@ class ProgressServer:
         given = token.strip().encode()
         return next((attempt for known, attempt in issued if secrets.compare_digest(known.encode(), given)), None)
 
-    def knows(self, path: str) -> bool:
-        """Return whether something is posted to that path."""
-        return path in {f"{self._path}/status", f"{self._path}/facts"}
+    def endpoint_of(self, path: str) -> Endpoint | None:
+        """Return what is posted to that path, or None."""
+        return self._endpoints.get(path)
 
-    def take(self, path: str, body: bytes, *, attempt: int) -> str:
+    def take(self, body: bytes, *, endpoint: Endpoint, attempt: int) -> str:
         """Fold a body into the run's progress and return the answer.
 
         Raises:
-            ValueError: the body is not what belongs to that path; the message says why.
+            ValueError: the body is not what belongs to that endpoint; the message says why.
         """
-        if path.endswith("/facts"):
-            return self._take_facts(body, attempt=attempt)
-        report = parse_kubeflow_report(body, attempt=attempt)
-        if report is not None:
-            self._store.write_progress(
-                lambda current: next_progress(current, report, received_at=self._clock()), durable=False
-            )
-            self._notify()
-        return "{}"
-
-    def _take_facts(self, body: bytes, *, attempt: int) -> str:
-        try:
-            report = FactsReport.model_validate_json(body)
-        except ValidationError as error:
-            raise ValueError(
-                f"the body is no FactsReport: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-            ) from None
-        if report.attempt != attempt:
-            raise ValueError(f"the body is of attempt {report.attempt} and the token of attempt {attempt}")
+        report = parse_report(body, endpoint=endpoint, attempt=attempt)
+        if report is None:
+            return "{}"
+        facts = isinstance(report, FactsReport) and report.facts
         # What is acknowledged is never sent again: it must be on disk before.
         progress = self._store.write_progress(
-            lambda current: next_progress(current, report, received_at=self._clock()), durable=bool(report.facts)
+            lambda current: next_progress(current, report, received_at=self._clock()), durable=bool(facts)
         )
         self._notify()
-        return facts_reply(progress, report).model_dump_json()
+        if isinstance(report, FactsReport):
+            return facts_reply(progress, report).model_dump_json(exclude_none=True)
+        return "{}"
 
 
 class _Server(ThreadingHTTPServer):
@@ -146,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may have {BODY_MAX_BYTES} bytes")
             return
         body = self.rfile.read(int(length))
-        if not self._progress.knows(self.path):
+        endpoint = self._progress.endpoint_of(self.path)
+        if endpoint is None:
             self._answer(HTTPStatus.NOT_FOUND, f"nothing is posted to {self.path}")
             return
         attempt = self._progress.attempt_of(self.headers.get("Authorization", ""))
@@ -154,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.UNAUTHORIZED, "the bearer token is missing, wrong or of a pod that has ended")
             return
         try:
-            answer = self._progress.take(self.path, body, attempt=attempt)
+            answer = self._progress.take(body, endpoint=endpoint, attempt=attempt)
         except ValueError as error:
             self._answer(HTTPStatus.BAD_REQUEST, str(error))
             return

@@ -13,6 +13,10 @@ PREPARE_ATTEMPT = 0
 """The number under which prepare reports; attempts of the gang count from 1."""
 
 _ATTEMPT = re.compile(r"^(?P<run>.+)-a(?P<attempt>[1-9][0-9]*)$")
+_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_RESOURCE_PATH = re.compile(
+    rf"apis/{re.escape(GROUP)}/v1alpha1/namespaces/(?P<namespace>{_LABEL})/trainingruns/(?P<run>{_LABEL})"
+)
 
 
 def service_account_name(run: str) -> str:
@@ -60,3 +64,9 @@ def pod_name(run: str, *, attempt: int, node: int) -> str:
 def resource_path(*, namespace: str, run: str) -> str:
     """Return the path of the run on the progress server; the token's audience is the same text."""
     return f"apis/{GROUP}/v1alpha1/namespaces/{namespace}/trainingruns/{run}"
+
+
+def parse_resource_path(path: str) -> tuple[str, str] | None:
+    """Return the namespace and the run that a path of `resource_path` names, or None for any other."""
+    match = _RESOURCE_PATH.fullmatch(path)
+    return (match["namespace"], match["run"]) if match else None

@@ -38,6 +38,7 @@ from posttrain.contract.facts import (
     PrepareResult,
     ResultFact,
     Started,
+    is_urgent,
 )
 from posttrain.contract.progress import KubeflowReport
 
@@ -103,6 +104,28 @@ def facts_reply(progress: Progress, report: FactsReport) -> FactsReply:
             for attempt, source in sources
         )
     )
+
+
+def must_show_at_once(known: Progress | None, report: FactsReport | KubeflowReport) -> bool:
+    """Return whether status must have a report at once; `known` is the progress that status has.
+
+    At once goes what a condition depends on or a person waits for: a new attempt, its first and its last step, urgent
+    facts, and facts whose sender waits.
+    """
+    if known is None or known.attempt is None or report.attempt > known.attempt:
+        return True
+    reached = report.step or 0
+    if isinstance(report, FactsReport):
+        new = [fact for fact in report.facts if fact.seq > _acknowledged(known, fact.attempt, fact.source)]
+        if any(is_urgent(fact.body) or report.waiting for fact in new):
+            return True
+        logged = (fact.body.step for fact in new if isinstance(fact.body, Logged) and fact.attempt == known.attempt)
+        reached = max(reached, *logged, 0)
+    if report.attempt < known.attempt:
+        return False
+    step, start = known.step or 0, known.attempt_start_step or 0
+    last = known.max_steps
+    return step <= start < reached or (last is not None and step < last <= reached)
 
 
 def _with(progress: Progress, **changes: Any) -> Progress:

@@ -52,7 +52,7 @@ class Reflector:
                 await asyncio.sleep(self._backoff())
             except NotFound:
                 # A kind whose CRD is not installed: nothing of it can exist.
-                self._cache.replace(self._kind, (), version="0")
+                self._cache.replace(self._kind, (), version=None)
                 await asyncio.sleep(_UNKNOWN_KIND_SECONDS)
             except ClusterError as error:
                 seconds = self._backoff()

@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml uv.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "posttrain needs Python 3.11 or newer, and %s is older: make setup PYTHON=python3.12" % sys.executable)'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check "uv==$$(awk '/^name = "uv"$$/ {getline; gsub(/[^0-9.]/, ""); print}' uv.lock)"
-	$(VENV)/bin/uv sync --locked --extra cli
+	$(VENV)/bin/uv sync --locked --extra cli --extra operator
 	@touch $@
 
 check: setup ## Lint, formatting, types, import rules

@@ -5,8 +5,14 @@ It owns what a platform team decides once for all runs; it must not hold anythin
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import os
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
+
+from posttrain.errors import UserError
 
 
 class SettingsModel(BaseModel):
@@ -59,6 +65,16 @@ class ProgressServerSettings(SettingsModel):
     """ConfigMap with the key `ca.crt`, in every namespace that runs are allowed in."""
 
 
+class OperatorSettings(SettingsModel):
+    """How the operator's process works."""
+
+    workers: int = Field(default=16, ge=1, le=256)
+    """Runs that are looked at at the same time."""
+    resync_seconds: int = Field(default=600, ge=1)
+    """After which everything is listed and looked at anew, whatever the watches said."""
+    lease_name: str = "posttrain-operator"
+
+
 class Settings(SettingsModel):
     """All settings; the defaults describe a cluster with one kind of GPU node."""
 
@@ -66,6 +82,7 @@ class Settings(SettingsModel):
     profiles: dict[str, Profile] = Field(default_factory=lambda: {"default": Profile()})
     default_profile: str = "default"
     progress_server: ProgressServerSettings = ProgressServerSettings()
+    operator: OperatorSettings = OperatorSettings()
     allow_file_sources: bool = False
     """file:// sources and code.path: true on one machine only."""
     prepare_cpu: str = "2"
@@ -78,3 +95,22 @@ class Settings(SettingsModel):
         if self.default_profile not in self.profiles:
             raise ValueError(f"defaultProfile {self.default_profile!r} is not among the profiles")
         return self
+
+
+def load_settings(file: Path) -> Settings:
+    """Return the settings in a YAML file.
+
+    Raises:
+        UserError: it cannot be read, or something in it is not a setting; with every problem.
+    """
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: {os.strerror(error.errno or 0)}: name a file with settings") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: is not YAML: {error}") from None
+    try:
+        return Settings.model_validate(data or {})
+    except ValidationError as error:
+        problems = (f"{file}: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise UserError("\n".join(problems)) from None

@@ -161,6 +161,16 @@ def name_conflict(situation: Situation) -> Verdict | None:
     return refuse(situation, "NameConflict", message)
 
 
+def child_rejected(situation: Situation) -> Verdict | None:
+    """The API server, a webhook or a quota refuses an object that the run needs."""
+    rejected = situation.observed.rejected
+    refs = sorted(child_refs(situation) & rejected.keys())
+    if not refs:
+        return None
+    message = "\n".join(f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in refs)
+    return refuse(situation, "ChildRejected", message)
+
+
 def code_missing(situation: Situation) -> Verdict | None:
     """The run's own code is not there yet."""
     code = situation.run.spec.code
@@ -441,6 +451,7 @@ _CHECKS: tuple[Check, ...] = (
     spec_invalid,  # the user asked for something that cannot be
     spec_changed,  # it is another spec than the accepted one
     name_conflict,  # a child's name is taken
+    child_rejected,  # the API server does not take a child
     code_missing,  # a reference does not resolve yet
     suspended_before_start,  # the user asked us to stop, and nothing ran yet
     preparing,  # a CPU pod checks and fetches

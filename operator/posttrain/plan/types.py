@@ -49,6 +49,8 @@ class Observed:
     """Pods of the run's jobs, whatever their phase."""
     foreign: frozenset[ObjectRef] = frozenset()
     """Objects that bear a child's name and are not the run's."""
+    rejected: Mapping[ObjectRef, str] = field(default_factory=dict)
+    """Children that the API server refused to take, with its words."""
     config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Data of ConfigMaps that the spec refers to (own code)."""
 

@@ -1,0 +1,193 @@
+"""The operator's process: `python -m posttrain.control`.
+
+It owns kopf, the process' options, its signals and its end; it must not know what is done about a run. kopf is used at
+the edge only: it watches the TrainingRuns and says when the process lives. It runs in a thread of its own, since it
+takes every task of its event loop for its own when it ends (kopf 1.45, running.py, `run_tasks`), and is started again
+when it does: queue, cache and lease live on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import kopf
+import structlog
+
+from posttrain.api.base import GROUP, VERSION
+from posttrain.api.training_run import PLURAL
+from posttrain.control.cache import Cache
+from posttrain.control.cluster import Connection, connect
+from posttrain.control.fence import FencedCluster
+from posttrain.control.health import serve_health
+from posttrain.control.kinds import TRAINING_RUN
+from posttrain.control.lease import Election, LeaseTimes, Lost
+from posttrain.control.logs import configure_logs
+from posttrain.control.operator import Operator
+from posttrain.control.port import Unavailable
+from posttrain.errors import UserError
+from posttrain.settings import Settings, load_settings
+
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_RESTART_SECONDS = 1.0
+_RESTART_MAX_SECONDS = 30.0
+
+log = structlog.get_logger(__name__)
+
+
+# --- kopf ------------------------------------------------------------------------------------------------------------
+
+
+class KopfEdge:
+    """kopf's watch of the TrainingRuns, supervised."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def run(self, cache: Cache) -> None:
+        """Put every run that kopf reports into the cache, until cancelled."""
+        loop = asyncio.get_running_loop()
+        delay = _RESTART_SECONDS
+        while True:
+            stop, ended, started = threading.Event(), asyncio.Event(), loop.time()
+
+            def watch(stop: threading.Event = stop, ended: asyncio.Event = ended) -> None:
+                try:
+                    asyncio.run(self._watch(cache, loop=loop, stop=stop))
+                except Exception as error:  # whatever ended it: it is started again
+                    log.warning("kopf ended", error=str(error) or type(error).__name__)
+                finally:
+                    loop.call_soon_threadsafe(ended.set)
+
+            threading.Thread(target=watch, name="kopf", daemon=True).start()
+            try:
+                await ended.wait()
+            finally:
+                stop.set()
+            delay = _RESTART_SECONDS if loop.time() - started > 60 else min(delay * 2, _RESTART_MAX_SECONDS)
+            log.warning("kopf is started again", seconds=delay)
+            await asyncio.sleep(delay)
+
+    async def _watch(self, cache: Cache, *, loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
+        registry = kopf.OperatorRegistry()
+
+        @kopf.on.login(registry=registry)  # type: ignore[misc, unused-ignore]
+        def log_in(**_: Any) -> kopf.ConnectionInfo:
+            return kopf.ConnectionInfo(**self._connection.to_kopf())
+
+        @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)  # type: ignore[misc, unused-ignore]
+        def take(event: Any, **_: Any) -> None:
+            # kopf gives an event's object without its type where it listed it.
+            manifest = {"apiVersion": TRAINING_RUN[0], "kind": TRAINING_RUN[1], **event["object"]}
+            loop.call_soon_threadsafe(cache.drop if event["type"] == "DELETED" else cache.put, manifest)
+
+        settings = kopf.OperatorSettings()
+        # Each of these would need rights of its own: events are ours, CRDs and namespaces nobody's business.
+        settings.posting.enabled = False
+        settings.scanning.disabled = True
+        settings.networking.error_backoffs = (1, 2, 4, 8)
+        await kopf.operator(registry=registry, settings=settings, standalone=True, clusterwide=True, stop_flag=stop)
+
+
+# --- The process -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the operator until it is told to stop or loses the lead; return the exit code."""
+    options = _parse_options(argv)
+    configure_logs(level=options.log_level)
+    try:
+        settings = load_settings(options.settings) if options.settings else Settings()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    try:
+        return asyncio.run(_serve(options, settings))
+    except Unavailable as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+async def _serve(options: argparse.Namespace, settings: Settings) -> int:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    cluster = await connect(kubeconfig=options.kubeconfig)
+    election = Election(
+        cluster,
+        namespace=options.namespace or _own_namespace(),
+        name=settings.operator.lease_name,
+        identity=options.identity or f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}",
+        times=LeaseTimes(),
+        monotonic=asyncio.get_running_loop().time,
+    )
+    operator = Operator(
+        FencedCluster(cluster, holds=election.holds), settings=settings, edge=KopfEdge(cluster.connection)
+    )
+    try:
+        async with serve_health(options.health_address, election=election, operator=operator):
+            leading = asyncio.create_task(_lead(election, operator), name="leading")
+            stopped = asyncio.create_task(stopping.wait(), name="stopping")
+            await asyncio.wait((leading, stopped), return_when=asyncio.FIRST_COMPLETED)
+            code = 0
+            if leading.done():
+                code = _explain_end(leading)
+            leading.cancel()
+            await asyncio.wait((leading,))
+            if election.holds():
+                await election.release()
+            return code
+    finally:
+        await cluster.close()
+
+
+async def _lead(election: Election, operator: Operator) -> None:
+    """Wait for the lead, and work until it is lost: then the work stops before another replica's may begin."""
+    await election.acquire()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(election.hold(), name="lease")
+        tasks.create_task(operator.run(), name="operator")
+
+
+def _explain_end(leading: asyncio.Task[None]) -> int:
+    error = leading.exception()
+    lost = error.subgroup(Lost) if isinstance(error, BaseExceptionGroup) else None
+    if lost is not None:
+        log.error("not leading any more: this process ends", error=str(lost.exceptions[0]))
+    else:
+        log.error("the operator ends by an error", exc_info=error)
+    return 1
+
+
+def _own_namespace() -> str:
+    try:
+        return _NAMESPACE_FILE.read_text().strip()
+    except OSError:
+        return "posttrain-system"
+
+
+def _parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m posttrain.control", description="The operator of posttrain.")
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="settings as YAML: images, profiles, prices")
+    kubeconfig = os.environ.get("KUBECONFIG")
+    parser.add_argument(
+        "--kubeconfig",
+        type=Path,
+        metavar="FILE",
+        default=Path(kubeconfig) if kubeconfig else None,
+        help="the cluster; default: $KUBECONFIG, else the one that this pod runs in",
+    )
+    parser.add_argument("--namespace", metavar="NAME", help="where the lease lies; default: this pod's namespace")
+    parser.add_argument("--identity", metavar="NAME", help="name in the lease; default: host name and a random part")
+    parser.add_argument("--health-address", metavar="HOST:PORT", default="127.0.0.1:8080")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    return parser.parse_args(argv)

@@ -1,0 +1,191 @@
+"""What the operator has seen of the cluster: runs, their children, the pods.
+
+It owns the newest known state of each object and who is told of a change; it must not ask the cluster for anything, nor
+change an object.
+
+An object is kept as compressed JSON: a pod has ten kilobytes of it, and finished runs are many and seldom looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.control.kinds import TRAINING_RUN, Kind
+from posttrain.control.port import ObjectKey
+from posttrain.plan import labels
+from posttrain.plan.types import Manifest
+
+RunKey = tuple[str, str]
+"""Namespace and name of a run."""
+
+_TOMBSTONES = 20_000
+_SILENT_PROGRESS = frozenset(
+    {
+        "step",
+        "percentage",
+        "etaSeconds",
+        "epoch",
+        "metrics",
+        "history",
+        "phase",
+        "lastUpdatedTime",
+        "lastBeatTime",
+        "acknowledged",
+    }
+)
+"""What of `status.progress` no plan acts upon at once: the stall check reads the beat when its time has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    uid: str
+    version: int
+    wakes: int
+    """A hash over what a plan may act upon."""
+    packed: bytes
+
+
+class Cache:
+    """The objects by key, and those of a run by its label."""
+
+    def __init__(self, *, on_change: Callable[[RunKey], None]) -> None:
+        self._on_change = on_change
+        self._entries: dict[Kind, dict[tuple[str, str], _Entry]] = {}
+        self._of_run: dict[RunKey, set[ObjectKey]] = {}
+        self._run_of: dict[ObjectKey, RunKey] = {}
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._listed: set[Kind] = set()
+
+    # --- Reading -----------------------------------------------------------------------------------------------------
+
+    def get(self, key: ObjectKey) -> Manifest | None:
+        """Return an object, or None."""
+        entry = self._entries.get((key.api_version, key.kind), {}).get((key.namespace, key.name))
+        return _unpack(entry.packed) if entry is not None else None
+
+    def children(self, run: RunKey) -> list[Manifest]:
+        """Return everything that bears the run's label, whoever made it."""
+        found = []
+        for key in sorted(self._of_run.get(run, ())):
+            manifest = self.get(key)
+            if manifest is not None:
+                found.append(manifest)
+        return found
+
+    def runs(self) -> list[RunKey]:
+        """Return the key of every run."""
+        return list(self._entries.get(TRAINING_RUN, {}))
+
+    def is_listed(self, kind: Kind) -> bool:
+        """Return whether a kind was listed once in full."""
+        return kind in self._listed
+
+    def count(self, kind: Kind) -> int:
+        """Return how many objects of a kind are known."""
+        return len(self._entries.get(kind, {}))
+
+    # --- Writing -----------------------------------------------------------------------------------------------------
+
+    def put(self, manifest: Manifest, *, own: bool = False) -> None:
+        """Take an object as it was read; an older version than the known one changes nothing.
+
+        `own`: it is the answer to a write of ours, which is no news to who wrote it.
+        """
+        key, metadata = ObjectKey.of(manifest), manifest["metadata"]
+        kind = (key.api_version, key.kind)
+        uid, version = metadata["uid"], int(metadata["resourceVersion"])
+        known = self._entries.setdefault(kind, {}).get((key.namespace, key.name))
+        if uid in self._gone or (known is not None and known.uid == uid and known.version >= version):
+            return
+        wakes = _wakes(manifest)
+        self._entries[kind][key.namespace, key.name] = _Entry(uid, version, wakes, _pack(manifest))
+        run = self._index(key, manifest)
+        if run is not None and not own and (known is None or (known.uid, known.wakes) != (uid, wakes)):
+            self._on_change(run)
+
+    def drop(self, manifest: Manifest) -> None:
+        """Take an object as gone, given its last state."""
+        key, uid = ObjectKey.of(manifest), manifest["metadata"]["uid"]
+        self._bury(uid)
+        known = self._entries.get((key.api_version, key.kind), {}).get((key.namespace, key.name))
+        if known is not None and known.uid == uid:
+            self._remove(key)
+
+    def forget(self, key: ObjectKey) -> None:
+        """Take an object as gone, because a read of it found nothing."""
+        known = self._entries.get((key.api_version, key.kind), {}).get((key.namespace, key.name))
+        if known is not None:
+            self._bury(known.uid)
+            self._remove(key)
+
+    def replace(self, kind: Kind, items: Iterable[Manifest], *, version: str) -> None:
+        """Take the whole list of a kind: what is not in it and not newer than it is gone."""
+        seen = set()
+        for manifest in items:
+            self.put(manifest)
+            seen.add(manifest["metadata"]["uid"])
+        for (namespace, name), entry in list(self._entries.get(kind, {}).items()):
+            if entry.uid not in seen and entry.version <= int(version):
+                self.forget(ObjectKey(*kind, namespace, name))
+        self._listed.add(kind)
+
+    def _bury(self, uid: str) -> None:
+        """Remember the dead: a late answer to a write of ours must not bring one back."""
+        self._gone[uid] = None
+        if len(self._gone) > _TOMBSTONES:
+            self._gone.popitem(last=False)
+
+    def _remove(self, key: ObjectKey) -> None:
+        del self._entries[key.api_version, key.kind][key.namespace, key.name]
+        run = self._run_of.pop(key, None)
+        if (key.api_version, key.kind) == TRAINING_RUN:
+            run = (key.namespace, key.name)
+        if run is None:
+            return
+        owned = self._of_run.get(run)
+        if owned is not None:
+            owned.discard(key)
+            if not owned:
+                del self._of_run[run]
+        self._on_change(run)
+
+    def _index(self, key: ObjectKey, manifest: Manifest) -> RunKey | None:
+        """Return the run that an object belongs to, and file it there."""
+        if (key.api_version, key.kind) == TRAINING_RUN:
+            return key.namespace, key.name
+        name = (manifest["metadata"].get("labels") or {}).get(labels.RUN)
+        if name is None:
+            return None
+        run = (key.namespace, name)
+        self._run_of[key] = run
+        self._of_run.setdefault(run, set()).add(key)
+        return run
+
+
+def _pack(manifest: Manifest) -> bytes:
+    return zlib.compress(json.dumps(manifest, separators=(",", ":")).encode(), level=1)
+
+
+def _unpack(packed: bytes) -> Manifest:
+    manifest: Manifest = json.loads(zlib.decompress(packed))
+    return manifest
+
+
+def _wakes(manifest: Manifest) -> int:
+    """Return a hash over what a plan may act upon: a beat of a run that trains must not set a plan in motion."""
+    metadata = manifest["metadata"]
+    about: dict[str, Any] = {
+        "metadata": [metadata.get(part) for part in ("generation", "deletionTimestamp", "labels", "ownerReferences")],
+        "status": manifest.get("status"),
+    }
+    if (manifest["apiVersion"], manifest["kind"]) == TRAINING_RUN:
+        progress = (manifest.get("status") or {}).get("progress") or {}
+        about["status"] = {name: value for name, value in progress.items() if name not in _SILENT_PROGRESS}
+    elif "generation" not in metadata:
+        about["content"] = [manifest.get("spec"), manifest.get("data")]
+    return hash(json.dumps(about, sort_keys=True))

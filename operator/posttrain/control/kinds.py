@@ -1,0 +1,53 @@
+"""The kinds that the operator asks the API server for, with their place in its URLs.
+
+It owns that table; it must not know what the objects contain.
+"""
+
+from __future__ import annotations
+
+from posttrain.api.base import API_VERSION
+from posttrain.api.training_run import KIND, PLURAL
+
+Kind = tuple[str, str]
+"""apiVersion and kind."""
+
+TRAINING_RUN: Kind = (API_VERSION, KIND)
+POD: Kind = ("v1", "Pod")
+CONFIG_MAP: Kind = ("v1", "ConfigMap")
+SERVICE_ACCOUNT: Kind = ("v1", "ServiceAccount")
+CLAIM: Kind = ("v1", "PersistentVolumeClaim")
+EVENT: Kind = ("v1", "Event")
+NETWORK_POLICY: Kind = ("networking.k8s.io/v1", "NetworkPolicy")
+JOB: Kind = ("batch/v1", "Job")
+PYTORCHJOB: Kind = ("kubeflow.org/v1", "PyTorchJob")
+LEASE: Kind = ("coordination.k8s.io/v1", "Lease")
+TOKEN_REVIEW: Kind = ("authentication.k8s.io/v1", "TokenReview")
+
+PLURALS: dict[Kind, str] = {
+    TRAINING_RUN: PLURAL,
+    POD: "pods",
+    CONFIG_MAP: "configmaps",
+    SERVICE_ACCOUNT: "serviceaccounts",
+    CLAIM: "persistentvolumeclaims",
+    EVENT: "events",
+    NETWORK_POLICY: "networkpolicies",
+    JOB: "jobs",
+    PYTORCHJOB: "pytorchjobs",
+    LEASE: "leases",
+    TOKEN_REVIEW: "tokenreviews",
+}
+
+CHILDREN: tuple[Kind, ...] = (PYTORCHJOB, JOB, POD, CONFIG_MAP, SERVICE_ACCOUNT, CLAIM, NETWORK_POLICY)
+"""What plans create, and the pods of it: watched by the label that all of them carry."""
+
+
+def resource_path(kind: Kind, *, namespace: str = "", name: str = "", subresource: str = "") -> str:
+    """Return the path of a kind, or of an object of it, on the API server.
+
+    Raises:
+        KeyError: the kind is not in the table.
+    """
+    api_version = kind[0]
+    root = f"/api/{api_version}" if "/" not in api_version else f"/apis/{api_version}"
+    parts = [root, f"namespaces/{namespace}" if namespace else "", PLURALS[kind], name, subresource]
+    return "/".join(part for part in parts if part)

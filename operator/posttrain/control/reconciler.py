@@ -1,0 +1,316 @@
+"""One look at one run: observe, plan, and make it so.
+
+It owns the order of the writes and what an error of the API server means for a run; it must not decide anything, which
+is the plan's. What is kept in memory, objects that stand in the way, is found again by the request that found it first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.validate import parse_training_run
+from posttrain.control.cache import Cache, RunKey
+from posttrain.control.drift import has_drifted
+from posttrain.control.events import build_event
+from posttrain.control.kinds import CONFIG_MAP, POD, PYTORCHJOB, TRAINING_RUN
+from posttrain.control.observe import Belongings, is_of_run, sort_belongings
+from posttrain.control.port import (
+    MANAGER,
+    AlreadyExists,
+    Cluster,
+    ClusterError,
+    Conflict,
+    NotFound,
+    ObjectKey,
+    Rejected,
+)
+from posttrain.errors import InvalidResource, Problem
+from posttrain.plan import labels, names
+from posttrain.plan.manifests import is_live
+from posttrain.plan.training_run import plan_training_run
+from posttrain.plan.types import Event, Manifest, ObjectRef, Observed, Plan
+from posttrain.plan.unreadable import status_of_unreadable
+from posttrain.settings import Settings
+
+_ROUNDS = 5
+"""How often a run is looked at anew at once because something had changed; then the queue's backoff counts."""
+_OBSTACLE_SECONDS = 30.0
+_REFERENCE_SECONDS = 15.0
+_PREDECESSOR_SECONDS = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class _Obstacles:
+    """What kept a run's children from being made. After a while it is tried again, before any status is written."""
+
+    since: datetime
+    foreign: set[ObjectRef] = field(default_factory=set)
+    rejected: dict[ObjectRef, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.foreign) + len(self.rejected)
+
+
+class _Changed(Exception):
+    """What was planned from is not so any more: look again."""
+
+
+class Reconciler:
+    """Makes the cluster what the plans of runs say."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        cache: Cache,
+        *,
+        settings: Settings,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._cluster = cluster
+        self._cache = cache
+        self._settings = settings
+        self._clock = clock
+        self._obstacles: dict[RunKey, _Obstacles] = {}
+
+    async def reconcile(self, run_key: RunKey) -> float | None:
+        """Make it so, and return after how many seconds to look again without any news.
+
+        Raises:
+            ClusterError: the API server did not take something; the same may succeed later.
+        """
+        for _ in range(_ROUNDS):
+            try:
+                return await self._look(run_key)
+            except _Changed as change:
+                log.debug("looking again", run="/".join(run_key), because=str(change))
+        raise Conflict(f"{'/'.join(run_key)} changed {_ROUNDS} times while it was looked at")
+
+    async def _look(self, run_key: RunKey) -> float | None:
+        key = ObjectKey(*TRAINING_RUN, *run_key)
+        manifest = self._cache.get(key)
+        if manifest is None or manifest["metadata"].get("deletionTimestamp") is not None:
+            # Deletion is the garbage collector's work: every child names its owner.
+            self._obstacles.pop(run_key, None)
+            return None
+        belongings = sort_belongings(manifest, self._cache.children(run_key))
+        if belongings.predecessors:
+            log.info("waiting for the garbage collector", run="/".join(run_key), left=str(belongings.predecessors[0]))
+            return _PREDECESSOR_SECONDS
+        try:
+            run = _parse(manifest)
+        except InvalidResource as error:
+            await self._refuse(manifest, error.problems)
+            return None
+        obstacles = self._known_obstacles(run_key)
+        observed = await self._observe(run, belongings, obstacles)
+        plan = plan_training_run(run, observed, now=self._clock(), settings=self._settings)
+        if plan.delete_run:
+            await self._cluster.delete(key, uid=manifest["metadata"]["uid"])
+            return None
+        await self._carry_out(run, plan, belongings, obstacles)
+        written = await self._write_status(manifest, _status_data(plan))
+        await self._tell(written, plan.events)
+        return self._look_again(plan, obstacles, waits_for_reference=bool(run.spec.code) and not plan.objects)
+
+    def _look_again(self, plan: Plan, obstacles: _Obstacles, *, waits_for_reference: bool) -> float | None:
+        waits = [plan.requeue_after] if plan.requeue_after is not None else []
+        if len(obstacles):
+            waits.append(_OBSTACLE_SECONDS)
+        if waits_for_reference:
+            waits.append(_REFERENCE_SECONDS)
+        return min(waits, default=None)
+
+    # --- Observing ---------------------------------------------------------------------------------------------------
+
+    async def _observe(self, run: TrainingRun, belongings: Belongings, obstacles: _Obstacles) -> Observed:
+        return Observed(
+            objects=belongings.objects,
+            pods=belongings.pods,
+            foreign=belongings.foreign | obstacles.foreign,
+            rejected=obstacles.rejected,
+            config_maps=await self._own_code(run, belongings),
+        )
+
+    async def _own_code(self, run: TrainingRun, belongings: Belongings) -> dict[str, dict[str, str]]:
+        """Return the data of the ConfigMap that the spec names, until the run has a snapshot of it."""
+        code = run.spec.code
+        snapshot = ObjectRef(*CONFIG_MAP, names.code_name(run.metadata.name))
+        if code is None or code.config_map_name is None or snapshot in belongings.objects:
+            return {}
+        try:
+            found = await self._cluster.get(ObjectKey(*CONFIG_MAP, run.metadata.namespace, code.config_map_name))
+        except NotFound:
+            return {}
+        return {code.config_map_name: dict(found.get("data") or {})}
+
+    def _known_obstacles(self, run_key: RunKey) -> _Obstacles:
+        now, known = self._clock(), self._obstacles.get(run_key)
+        if known is None or (now - known.since).total_seconds() >= _OBSTACLE_SECONDS:
+            known = self._obstacles[run_key] = _Obstacles(since=now)
+        return known
+
+    async def _is_foreign(self, wanted: Manifest, run: TrainingRun) -> bool:
+        """Return whether the object of that name is somebody else's; take note of it where it is the run's."""
+        key = ObjectKey.of(wanted)
+        try:
+            there = await self._cluster.get(key)
+        except NotFound:
+            self._cache.forget(key)
+            return False
+        if not is_of_run(there, uid=run.metadata.uid or "", name=run.metadata.name):
+            return True
+        self._cache.put(there, own=True)
+        return False
+
+    # --- Carrying out ------------------------------------------------------------------------------------------------
+
+    async def _carry_out(self, run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles) -> None:
+        for ref in plan.deletes:
+            await self._delete(run, belongings.objects[ref])
+        known = len(obstacles)
+        for wanted in plan.objects:
+            observed = belongings.objects.get(ObjectRef.of(wanted))
+            if observed is None:
+                await self._create(wanted, run, obstacles)
+            elif has_drifted(observed, wanted=wanted):
+                await self._repair(observed, wanted, run, obstacles)
+        if len(obstacles) > known:
+            raise _Changed("a child could not be made")
+
+    async def _delete(self, run: TrainingRun, child: Manifest) -> None:
+        key = ObjectKey(child["apiVersion"], child["kind"], run.metadata.namespace, child["metadata"]["name"])
+        try:
+            await self._cluster.delete(key, uid=child["metadata"]["uid"])
+        except Conflict as error:
+            self._cache.forget(key)
+            raise _Changed(str(error)) from error
+        log.info("deleted", run=_name(run), kind=key.kind, name=key.name)
+
+    async def _create(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
+        """Create a child. By POST, so that an object of its name that somebody made a moment ago is never touched."""
+        ref = ObjectRef.of(wanted)
+        if (ref.api_version, ref.kind) == PYTORCHJOB and names.attempt_of(run.metadata.name, name=ref.name) != 1:
+            await self._require_no_gang(run)
+        try:
+            made = await self._cluster.create(wanted)
+        except AlreadyExists:
+            if await self._is_foreign(wanted, run):
+                obstacles.foreign.add(ref)
+            else:
+                raise _Changed(f"{ref.kind} {ref.name} is there already") from None
+        except Rejected as error:
+            obstacles.rejected[ref] = str(error)
+        else:
+            self._cache.put(made, own=True)
+            log.info("created", run=_name(run), kind=ref.kind, name=ref.name)
+
+    async def _require_no_gang(self, run: TrainingRun) -> None:
+        """See for certain that no pod of an earlier attempt lives: two gangs must never write to one storage."""
+        found = await self._cluster.list(
+            *POD,
+            namespace=run.metadata.namespace,
+            label_selector=f"{labels.RUN}={run.metadata.name},{labels.ROLE}={labels.ROLE_TRAINER}",
+        )
+        for pod in found.items:
+            self._cache.put(pod, own=True)
+        live = [pod["metadata"]["name"] for pod in found.items if is_live(pod, now=self._clock())]
+        if live:
+            raise _Changed(f"pods of an earlier attempt live: {', '.join(live)}")
+
+    async def _repair(self, observed: Manifest, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
+        key = ObjectKey.of(wanted)
+        try:
+            applied = await self._cluster.apply(wanted, uid=observed["metadata"]["uid"])
+        except (Conflict, NotFound) as error:
+            self._cache.forget(key)
+            raise _Changed(str(error)) from error
+        except Rejected as error:
+            obstacles.rejected[key.ref] = str(error)
+            return
+        self._cache.put(applied, own=True)
+        log.info("repaired", run=_name(run), kind=key.kind, name=key.name)
+
+    # --- The status --------------------------------------------------------------------------------------------------
+
+    async def _refuse(self, manifest: Manifest, problems: tuple[Problem, ...]) -> None:
+        status = status_of_unreadable(manifest, problems, now=self._clock())
+        await self._write_status(manifest, status.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+    async def _write_status(self, manifest: Manifest, status: dict[str, Any]) -> Manifest:
+        """Write the operator's part of the status where it differs, and return the run as it then stands.
+
+        The version that the plan was made from goes with it: whoever wrote in between, wins, and is planned with.
+        """
+        status.pop("progress", None)
+        before = {name: value for name, value in (manifest.get("status") or {}).items() if name != "progress"}
+        if status == before:
+            return manifest
+        metadata = manifest["metadata"]
+        intent = {
+            "apiVersion": manifest["apiVersion"],
+            "kind": manifest["kind"],
+            "metadata": {name: metadata[name] for name in ("name", "namespace", "uid", "resourceVersion")},
+            "status": status,
+        }
+        key = ObjectKey.of(manifest)
+        try:
+            applied = await self._cluster.apply_status(intent, manager=MANAGER)
+        except NotFound:
+            self._cache.forget(key)
+            raise _Changed("the run is gone") from None
+        except Conflict as error:
+            await self._refresh(key)
+            raise _Changed(str(error)) from error
+        self._cache.put(applied, own=True)
+        return applied
+
+    async def _refresh(self, key: ObjectKey) -> None:
+        try:
+            self._cache.put(await self._cluster.get(key), own=True)
+        except NotFound:
+            self._cache.forget(key)
+
+    async def _tell(self, manifest: Manifest, events: tuple[Event, ...]) -> None:
+        """Write the events; one that is lost costs a person a line, and never a run its way."""
+        for event in events:
+            try:
+                await self._cluster.create(build_event(manifest, event, now=self._clock()))
+            except AlreadyExists:
+                continue
+            except ClusterError as error:
+                log.warning("an event was lost", run=manifest["metadata"]["name"], error=str(error))
+
+
+def _parse(manifest: Manifest) -> TrainingRun:
+    """Return the run in a stored object.
+
+    Raises:
+        InvalidResource: today's schema does not accept it; with every problem.
+    """
+    metadata = {name: value for name, value in manifest["metadata"].items() if name != "managedFields"}
+    stored = {**manifest, "metadata": metadata}
+    try:
+        return TrainingRun.model_validate_json(json.dumps(stored), by_alias=True, by_name=False)
+    except ValidationError as error:
+        # The same words that a person gets who validates the file.
+        parse_training_run({name: value for name, value in stored.items() if name != "status"})
+        raise InvalidResource(tuple(Problem(path="status", message=item["msg"]) for item in error.errors())) from None
+
+
+def _status_data(plan: Plan) -> dict[str, Any]:
+    assert plan.status is not None, "a plan of a TrainingRun has a status"
+    return plan.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _name(run: TrainingRun) -> str:
+    return f"{run.metadata.namespace}/{run.metadata.name}"

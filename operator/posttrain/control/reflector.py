@@ -1,0 +1,88 @@
+"""Follows one kind: lists it, watches what happens after, and lists it anew when the watch cannot go on.
+
+It owns the life of that loop: what an error means for it, how long it waits, when it lists although nothing is wrong.
+It must not judge what it sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import structlog
+
+from posttrain.control.cache import Cache
+from posttrain.control.kinds import Kind
+from posttrain.control.port import Cluster, ClusterError, Expired, NotFound
+
+_BACKOFF_SECONDS = 0.5
+_BACKOFF_MAX_SECONDS = 15.0
+_UNKNOWN_KIND_SECONDS = 60.0
+
+log = structlog.get_logger(__name__)
+
+
+class Reflector:
+    """Keeps the cache of one kind true."""
+
+    def __init__(
+        self, cluster: Cluster, cache: Cache, kind: Kind, *, label_selector: str, resync_seconds: float
+    ) -> None:
+        self._cluster = cluster
+        self._cache = cache
+        self._kind = kind
+        self._selector = label_selector
+        self._resync_seconds = resync_seconds
+        self._failures = 0
+
+    async def run(self, *, time: Callable[[], float]) -> None:
+        """Follow the kind until cancelled."""
+        while True:
+            try:
+                version = await self._list()
+                listed_at = time()
+                self._failures = 0
+                while time() - listed_at < self._resync_seconds:
+                    # A watch that hangs in silence must not outlive the resync.
+                    left = self._resync_seconds - (time() - listed_at)
+                    version = await self._watch(version, seconds=left)
+            except Expired as error:
+                log.info("listing anew", kind=self._kind[1], because=str(error))
+                await asyncio.sleep(self._backoff())
+            except NotFound:
+                # A kind whose CRD is not installed: nothing of it can exist.
+                self._cache.replace(self._kind, (), version="0")
+                await asyncio.sleep(_UNKNOWN_KIND_SECONDS)
+            except ClusterError as error:
+                seconds = self._backoff()
+                log.warning(
+                    "the watch failed", kind=self._kind[1], error=str(error), again_in_seconds=round(seconds, 1)
+                )
+                await asyncio.sleep(seconds)
+
+    async def _list(self) -> str:
+        found = await self._cluster.list(*self._kind, label_selector=self._selector)
+        self._cache.replace(self._kind, found.items, version=found.resource_version)
+        return found.resource_version
+
+    async def _watch(self, version: str, *, seconds: float) -> str:
+        """Take the events after a version until the watch ends or the time is up; return the newest version."""
+        events = self._cluster.watch(*self._kind, resource_version=version, label_selector=self._selector)
+        try:
+            async with asyncio.timeout(max(seconds, 0)):
+                async for event in events:
+                    version = event.object["metadata"]["resourceVersion"]
+                    if event.type == "DELETED":
+                        self._cache.drop(event.object)
+                    elif event.type != "BOOKMARK":
+                        self._cache.put(event.object)
+                    self._failures = 0
+        except TimeoutError:
+            pass
+        return version
+
+    def _backoff(self) -> float:
+        self._failures += 1
+        delay = min(_BACKOFF_SECONDS * 2.0 ** min(self._failures - 1, 10), _BACKOFF_MAX_SECONDS)
+        return delay * random.uniform(0.75, 1.25)

@@ -6,14 +6,15 @@ It owns the files and their renewal; it must not make a certificate, nor fall ba
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from posttrain.errors import UserError
 
-logger = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 _CHECK_SECONDS = 10.0
 
@@ -98,10 +99,10 @@ class ServingCertificate:
             self._load()  # into a context of its own first: a failed load would spoil the one that serves
             self.context.load_cert_chain(self._files.certificate, self._files.key)
         except (OSError, ssl.SSLError) as error:
-            logger.warning("the progress server goes on with its old certificate: %s", error)
+            log.warning("the progress server goes on with its old certificate", error=str(error))
             return False
         self._loaded = stamp
-        logger.info("the progress server serves with a new certificate")
+        log.info("the progress server serves with a new certificate")
         return True
 
     async def follow(self) -> None:

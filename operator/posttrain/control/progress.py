@@ -6,13 +6,14 @@ It owns what is not in status yet and when it gets there; it must not know HTTP,
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
+
+import structlog
 
 from posttrain.api.training_run_status import Progress
 from posttrain.contract.facts import FactsReply, FactsReport
@@ -30,7 +31,7 @@ from posttrain.control.port import (
 from posttrain.plan.progress import facts_reply, must_show_at_once, next_progress
 from posttrain.plan.types import Manifest
 
-logger = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 
@@ -40,7 +41,7 @@ _GRACE_SECONDS = 2.0
 _RETRY_SECONDS = 5.0
 _IDLE_SECONDS = 600.0
 _CONFLICTS_MAX = 8
-_REQUESTS_AT_ONCE = 32
+_REQUESTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, order=True)
@@ -160,8 +161,9 @@ class ProgressWriter:
     def _keep(self, run: RunIdentity, report: Report, *, size_bytes: int) -> tuple[_Buffer, _Taken]:
         now = self._monotonic()
         buffer = self._buffers.get(run) or self._add(run)
-        if self._is_full(buffer) and buffer.retry_at > now:
-            raise Unavailable(buffer.trouble, retry_after=buffer.retry_at - now)
+        if self._is_full(buffer) and (buffer.retry_at > now or buffer.lock.locked()):
+            what = buffer.trouble or f"the API server is slow to take the progress of {run}"
+            raise Unavailable(what, retry_after=max(buffer.retry_at - now, 1.0))
         self._buffers.move_to_end(run)
         buffer.touched_at = now
         buffer.taken += 1
@@ -228,15 +230,15 @@ class ProgressWriter:
                 await asyncio.gather(*writes, *self._tasks)
         except TimeoutError:
             left = sum(bool(buffer.waiting) for buffer in buffers)
-            logger.warning("progress of %d runs was not written in %g s", left, timeout_seconds)
+            log.warning("progress was not written in time", runs=left, seconds=timeout_seconds)
 
     async def _log_failure(self, writing: Coroutine[Any, Any, None], buffer: _Buffer) -> None:
         try:
             await writing
         except RunGone:
-            logger.debug("%s is gone", buffer.run)
+            log.debug("a run is gone", run=str(buffer.run))
         except Unavailable as error:
-            logger.warning("progress of %s waits: %s", buffer.run, error)
+            log.warning("progress waits", run=str(buffer.run), error=str(error))
 
     async def _settle(self, buffer: _Buffer, taken: _Taken) -> None:
         """Write a report unless it may wait; what status has is read once before that is judged."""
@@ -277,6 +279,7 @@ class ProgressWriter:
             del buffer.waiting[: len(folding)]
             buffer.known, buffer.was_read = progress, True
             buffer.written = folding[-1].number
+            buffer.trouble = ""
             buffer.due_at = self._monotonic() + self._limits.interval_seconds
             return
         raise Unavailable(
@@ -304,7 +307,7 @@ class ProgressWriter:
         except Unavailable as error:
             raise self._note_trouble(buffer, str(error), seconds=error.retry_after or _RETRY_SECONDS) from error
         except Rejected as error:
-            logger.error("the API server refuses the progress of %s: %s", buffer.run, error)
+            log.error("the API server refuses a run's progress", run=str(buffer.run), error=str(error))
             raise self._note_trouble(buffer, str(error), seconds=self._limits.interval_seconds) from error
 
     def _note_trouble(self, buffer: _Buffer, what: str, *, seconds: float) -> Unavailable:

@@ -7,12 +7,12 @@ report `progress`'s.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 
+import structlog
 from aiohttp import web
 
 from posttrain.contract.facts import BODY_MAX_BYTES, FactsReport
@@ -24,7 +24,7 @@ from posttrain.control.progress import ProgressWriter, RunGone
 from posttrain.control.rates import RateLimit
 from posttrain.plan.names import parse_resource_path
 
-logger = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class _BoundedServer(web.Server):
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         if len(self.connections) > self._connections_max:
-            logger.warning("more than %d connections: one is closed", self._connections_max)
+            log.warning("too many connections: one is closed", limit=self._connections_max)
             transport.abort()
 
 

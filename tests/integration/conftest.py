@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import TestCluster
+from tests.support.cluster_runs import ClusterRun
+from tests.support.operator_process import NAMESPACE, OperatorProcess, add_claim
 from tests.support.tiers import attach_cluster_logs, require
+
+CRD = Path(__file__).parents[2] / "crds" / "posttrain.dev_trainingruns.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +33,27 @@ def namespace(cluster: TestCluster) -> Iterator[str]:
     cluster.create_namespace(name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def operator(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+    """The operator, which leads."""
+    cluster.apply(CRD.read_text())
+    cluster.create_namespace(NAMESPACE)
+    operator = OperatorProcess(cluster, tmp_path_factory.mktemp("operator"), python=Path(sys.executable))
+    try:
+        operator.process.start()
+        yield operator
+    finally:
+        operator.close()
+
+
+@pytest.fixture
+def run(cluster: TestCluster, operator: OperatorProcess, namespace: str) -> ClusterRun:
+    """A run that is not applied yet, in a namespace with the claims that it names."""
+    for claim in ("inputs", "shared"):
+        add_claim(cluster, namespace, claim)
+    return ClusterRun(cluster, namespace)
 
 
 @pytest.hookimpl(wrapper=True)

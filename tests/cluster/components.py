@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from posttrain.local.environments import cache_root
+from tests.cluster.requirements import why_no_node
 
 MODULES = Path(__file__).parent / "go"
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,8 @@ def why_not(part: str) -> str | None:
         return "the test cluster runs on Linux only"
     if shutil.which("go") is None:
         return "Go is not installed (https://go.dev/dl), and the cluster's programs are built from pinned Go modules"
+    if part == "node" and (reason := why_no_node()):
+        return reason
     missing = [component.name for component in PARTS[part] if not component.is_built()]
     return f"not built: {', '.join(missing)} (make cluster-binaries)" if missing else None
 

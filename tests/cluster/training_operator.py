@@ -5,7 +5,6 @@ It owns how those manifests serve a controller outside the cluster; it must not 
 
 from __future__ import annotations
 
-import base64
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,13 @@ from typing import Any
 from tests.cluster.addresses import answers
 from tests.cluster.components import TRAINING_OPERATOR, program
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.host_webhooks import apply_objects, point_webhooks_at, render
+from tests.cluster.host_webhooks import (
+    apply_objects,
+    build_certificate_secret,
+    point_webhooks_at,
+    render,
+    write_certificate,
+)
 from tests.cluster.processes import Process
 
 NAMESPACE = "kubeflow"
@@ -64,25 +69,14 @@ def install_training_operator(
         f"{_SERVICE}.{NAMESPACE}.svc", hosts=[f"{_SERVICE}.{NAMESPACE}.svc", "localhost", control_plane.host]
     )
     temporary = control_plane.folder / "training-operator"
-    certificates = temporary / _MARKER.relative_to("/tmp").parent
-    certificates.mkdir(parents=True, exist_ok=True)
-    (certificates / "tls.crt").write_bytes(serving.certificate.read_bytes())
-    (certificates / "tls.key").write_bytes(serving.key.read_bytes())
+    write_certificate(temporary / _MARKER.relative_to("/tmp").parent, serving)
     template = temporary / "init-container.yaml"
     template.write_text(_INIT_CONTAINER)
 
     rendered = render(control_plane, TRAINING_OPERATOR.folder / "manifests" / "overlays" / "standalone")
     objects = [made for manifest in rendered if (made := _for_host(manifest))]
     point_webhooks_at(objects, url=f"https://{control_plane.host}:{port}", ca_bundle=control_plane.pki.bundle)
-    authority = control_plane.pki.files
-    files = {
-        "ca.crt": authority.certificate,
-        "ca.key": authority.key,
-        "tls.crt": serving.certificate,
-        "tls.key": serving.key,
-    }
-    data = {name: base64.b64encode(file.read_bytes()).decode() for name, file in files.items()}
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": _SECRET, "namespace": NAMESPACE}, "data": data}
+    secret = build_certificate_secret(control_plane, namespace=NAMESPACE, name=_SECRET, serving=serving)
     apply_objects(control_plane, [*objects, secret])
 
     argv = [

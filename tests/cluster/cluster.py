@@ -83,7 +83,9 @@ class TestCluster:
         self._exit.callback(self._stop_processes)
         self._processes += self.control_plane.processes
         self.control_plane.start()
-        self.training_operator = install_training_operator(self.control_plane, options=options, init_image=BUSYBOX)
+        self.training_operator = install_training_operator(
+            self.control_plane, options=options, init_image=BUSYBOX, machine=machine
+        )
         self.kwok = build_kwok(self.control_plane)
         added = [self.training_operator, self.kwok]
         if kueue_config is not None:

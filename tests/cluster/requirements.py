@@ -21,7 +21,6 @@ _NEEDED = {
     str(CNI_FOLDER / "bridge"): "containernetworking-plugins",
     str(BUSYBOX): "busybox-static",
 }
-PACKAGES = tuple(sorted(set(_NEEDED.values())))
 _SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
@@ -34,10 +33,14 @@ def why_no_node() -> str | None:
     """Return why no real node can run here, or None if one can."""
     if os.geteuid() != 0:
         return "a real node needs root"
-    missing = sorted({package for name, package in _NEEDED.items() if not _is_there(name)})
-    if missing:
+    if missing := missing_packages():
         return f"missing packages (make cluster-packages, or apt-get install {' '.join(missing)})"
     return None
+
+
+def missing_packages() -> list[str]:
+    """Return the Debian packages that a real node needs and that are not installed."""
+    return sorted({package for name, package in _NEEDED.items() if not _is_there(name)})
 
 
 def _is_there(name: str) -> bool:

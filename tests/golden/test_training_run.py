@@ -29,6 +29,7 @@ def load_observed(data: dict[str, Any]) -> Observed:
         pods=tuple(data.get("pods", [])),
         foreign=frozenset(refs),
         config_maps=data.get("configMaps", {}),
+        job_events=tuple(data.get("jobEvents", [])),
     )
 
 

@@ -170,6 +170,16 @@ _CATALOGUE = (
         message="A volume is not bound or cannot be mounted.",
         advice="Check the claim and its storage class.",
     ),
+    Reason(
+        name="QuotaExceeded",
+        message="A ResourceQuota of the namespace refuses a pod.",
+        advice="Wait until other pods have ended, have the quota raised, or ask for less in spec.resources.",
+    ),
+    Reason(
+        name="PodsNotCreated",
+        message="A pod cannot be created.",
+        advice="The API server's refusal is in the message: it names the policy or the field.",
+    ),
     # Ends
     Reason(
         name="DeadlineExceeded",

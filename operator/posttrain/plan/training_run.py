@@ -31,7 +31,6 @@ from posttrain.plan.children import (
 )
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.objects import code_hash
-from posttrain.plan.pods import explain_waiting
 from posttrain.plan.preparation import Preparation, is_needed, judge_preparation
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.situation import Situation
@@ -43,6 +42,7 @@ from posttrain.plan.verdicts import (
     accept,
     begin_attempt,
     charge,
+    explain_gang,
     fail,
     finish,
     go_on,
@@ -376,7 +376,7 @@ def pending_deadline_exceeded(situation: Situation) -> Verdict | None:
     if deadline is None or situation.now < deadline:
         return None
     seconds = situation.run.spec.pending_deadline_seconds
-    waiting = explain_waiting(situation.gang)
+    waiting = explain_gang(situation)
     return fail(
         situation,
         Cause(

@@ -51,6 +51,8 @@ class Observed:
     """Objects that bear a child's name and are not the run's."""
     config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Data of ConfigMaps that the spec refers to (own code)."""
+    job_events: tuple[Manifest, ...] = ()
+    """Events (core/v1) about the current attempt's job; they matter only while pods of its gang are missing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,11 @@ def say_prepared(situation: Situation) -> Says:
     return Says("True", "Prepared" if is_needed(situation) else "PrepareDisabled")
 
 
+def explain_gang(situation: Situation) -> Says:
+    """Return why not every pod of the current attempt runs."""
+    return explain_waiting(situation.gang, job_events=situation.observed.job_events)
+
+
 def go_on(
     situation: Situation,
     *,
@@ -79,7 +84,7 @@ def go_on(
     """Return the verdict on an attempt that has not ended."""
     gang, progress = situation.gang, situation.attempt_progress
     failure = situation.status.failure
-    pods_ready = Says("True", "AllPodsRunning") if gang.runs else explain_waiting(gang)
+    pods_ready = Says("True", "AllPodsRunning") if gang.runs else explain_gang(situation)
     stage: Stage = "Starting"
     told = pods_ready.message
     if situation.status.attempt_running_time is not None:

@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.posttrain-setup
 # Everything that `make generate` writes, and nothing else.
-GENERATED := crds docs/reasons.md docs/trainingrun.md operator/posttrain/api/tables
+GENERATED := crds docs/reasons.md docs/trainingrun.md operator/posttrain/api/tables $(wildcard images/*/requirements.txt)
 
 export UV_COMPILE_BYTECODE := 1
 export UV_PYTHON_DOWNLOADS := never
@@ -41,7 +41,10 @@ test-unit: setup ## Run the tests that need no trainer environment
 test-workloads: setup ## Run the tests in the trainer environment
 	$(VENV)/bin/pytest -m workloads $(PYTEST_ARGS)
 
-generate: setup ## Write the generated files anew: argument tables, CRDs, their reference
+generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, their reference
+	@for image in operator trainer; do \
+	  $(VENV)/bin/uv export --locked --extra $$image --no-dev --no-emit-project --format requirements.txt -o images/$$image/requirements.txt >/dev/null || exit 1; \
+	done
 	$(PY) scripts/generate_tables.py
 	$(PY) -m posttrain.crds
 

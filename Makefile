@@ -1,5 +1,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Parts of the test cluster to build, in this order, and when to stop building (seconds since 1970).
+PARTS ?= control-plane
+BUILD_UNTIL ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,10 +14,11 @@ export UV_COMPILE_BYTECODE := 1
 export UV_PYTHON_DOWNLOADS := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-unit test-workloads generate verify quickstart clean
+.PHONY: help setup check test test-unit test-workloads integration generate verify quickstart \
+  cluster cluster-down cluster-binaries cluster-parts clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with the posttrain command and the development tools
 
@@ -32,14 +36,17 @@ check: setup ## Lint, formatting, types, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: setup ## Run every test (PYTEST_ARGS="-k name" for some)
+test: setup cluster-binaries ## Run every test (PYTEST_ARGS="-k name" for some)
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
-test-unit: setup ## Run the tests that need no trainer environment
-	$(VENV)/bin/pytest -m "not workloads" $(PYTEST_ARGS)
+test-unit: setup ## Run the tests that need neither the trainer environment nor the test cluster
+	$(VENV)/bin/pytest -m "not workloads and not integration" $(PYTEST_ARGS)
 
 test-workloads: setup ## Run the tests in the trainer environment
 	$(VENV)/bin/pytest -m workloads $(PYTEST_ARGS)
+
+integration: setup cluster-binaries ## Run the tests against a real control plane with nodes that are played
+	$(VENV)/bin/pytest -m integration $(PYTEST_ARGS)
 
 generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, their reference
 	@for image in operator trainer; do \
@@ -56,6 +63,18 @@ verify: generate ## Fail if a generated file differs from the committed one
 quickstart: setup ## Fine-tune a small real model on this machine
 	$(PY) examples/quickstart/make_inputs.py
 	$(VENV)/bin/posttrain run examples/quickstart/trainingrun.yaml
+
+cluster: setup cluster-binaries ## Start a test cluster in the background, to try things on
+	$(PY) -m tests.cluster up
+
+cluster-down: setup ## Stop it
+	$(PY) -m tests.cluster down
+
+cluster-binaries: setup ## Build the test cluster's programs into the cache (Go; the first time half an hour)
+	$(PY) -m tests.cluster.build $(if $(BUILD_UNTIL),--until $(BUILD_UNTIL)) $(PARTS)
+
+cluster-parts: setup ## Print the parts of the test cluster that can be run here
+	@$(PY) -m tests.cluster parts
 
 clean: ## Remove .venv, caches and builds; runs under .posttrain stay
 	rm -rf $(VENV) dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

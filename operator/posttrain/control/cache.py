@@ -9,6 +9,7 @@ An object is kept as compressed JSON: a pod has ten kilobytes of it, and finishe
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -58,7 +59,8 @@ class Cache:
         self._entries: dict[Kind, dict[tuple[str, str], _Entry]] = {}
         self._of_run: dict[RunKey, set[ObjectKey]] = {}
         self._run_of: dict[ObjectKey, RunKey] = {}
-        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._gone: OrderedDict[str, float] = OrderedDict()
+        """By uid: the version at which an object was gone, infinite where it can never come back."""
         self._listed: set[Kind] = set()
 
     # --- Reading -----------------------------------------------------------------------------------------------------
@@ -100,18 +102,27 @@ class Cache:
         kind = (key.api_version, key.kind)
         uid, version = metadata["uid"], int(metadata["resourceVersion"])
         known = self._entries.setdefault(kind, {}).get((key.namespace, key.name))
-        if uid in self._gone or (known is not None and known.uid == uid and known.version >= version):
+        # Versions of one kind can be compared, also those of two objects that bore the name one after the other.
+        if version <= self._gone.get(uid, 0) or (known is not None and known.version >= version):
+            return
+        run = _run_of(key, manifest)
+        if known is not None and run != self._run_of.get(key, run):
+            self._remove(key)
+            known = None
+        if run is None:
             return
         wakes = _wakes(manifest)
         self._entries[kind][key.namespace, key.name] = _Entry(uid, version, wakes, _pack(manifest))
-        run = self._index(key, manifest)
-        if run is not None and not own and (known is None or (known.uid, known.wakes) != (uid, wakes)):
+        if kind != TRAINING_RUN:
+            self._run_of[key] = run
+            self._of_run.setdefault(run, set()).add(key)
+        if not own and (known is None or (known.uid, known.wakes) != (uid, wakes)):
             self._on_change(run)
 
     def drop(self, manifest: Manifest) -> None:
-        """Take an object as gone, given its last state."""
+        """Take an object as gone, given its last state: deleted, or without the label that the watch selects by."""
         key, uid = ObjectKey.of(manifest), manifest["metadata"]["uid"]
-        self._bury(uid)
+        self._bury(uid, version=int(manifest["metadata"]["resourceVersion"]))
         known = self._entries.get((key.api_version, key.kind), {}).get((key.namespace, key.name))
         if known is not None and known.uid == uid:
             self._remove(key)
@@ -120,23 +131,28 @@ class Cache:
         """Take an object as gone, because a read of it found nothing."""
         known = self._entries.get((key.api_version, key.kind), {}).get((key.namespace, key.name))
         if known is not None:
-            self._bury(known.uid)
+            self._bury(known.uid, version=math.inf)
             self._remove(key)
 
-    def replace(self, kind: Kind, items: Iterable[Manifest], *, version: str) -> None:
-        """Take the whole list of a kind: what is not in it and not newer than it is gone."""
+    def replace(self, kind: Kind, items: Iterable[Manifest], *, version: str | None) -> None:
+        """Take the whole list of a kind: what is not in it and not newer than it is gone.
+
+        `version` is None where the cluster does not know the kind any more: no object of it can be newer.
+        """
+        limit = math.inf if version is None else int(version)
         seen = set()
         for manifest in items:
             self.put(manifest)
             seen.add(manifest["metadata"]["uid"])
         for (namespace, name), entry in list(self._entries.get(kind, {}).items()):
-            if entry.uid not in seen and entry.version <= int(version):
-                self.forget(ObjectKey(*kind, namespace, name))
+            if entry.uid not in seen and entry.version <= limit:
+                self._bury(entry.uid, version=limit)
+                self._remove(ObjectKey(*kind, namespace, name))
         self._listed.add(kind)
 
-    def _bury(self, uid: str) -> None:
+    def _bury(self, uid: str, *, version: float) -> None:
         """Remember the dead: a late answer to a write of ours must not bring one back."""
-        self._gone[uid] = None
+        self._gone[uid] = max(version, self._gone.pop(uid, 0))
         if len(self._gone) > _TOMBSTONES:
             self._gone.popitem(last=False)
 
@@ -154,17 +170,13 @@ class Cache:
                 del self._of_run[run]
         self._on_change(run)
 
-    def _index(self, key: ObjectKey, manifest: Manifest) -> RunKey | None:
-        """Return the run that an object belongs to, and file it there."""
-        if (key.api_version, key.kind) == TRAINING_RUN:
-            return key.namespace, key.name
-        name = (manifest["metadata"].get("labels") or {}).get(labels.RUN)
-        if name is None:
-            return None
-        run = (key.namespace, name)
-        self._run_of[key] = run
-        self._of_run.setdefault(run, set()).add(key)
-        return run
+
+def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:
+    """Return the run that an object belongs to: itself, or by its label."""
+    if (key.api_version, key.kind) == TRAINING_RUN:
+        return key.namespace, key.name
+    name = (manifest["metadata"].get("labels") or {}).get(labels.RUN)
+    return (key.namespace, name) if name is not None else None
 
 
 def _pack(manifest: Manifest) -> bytes:
@@ -187,5 +199,5 @@ def _wakes(manifest: Manifest) -> int:
         progress = (manifest.get("status") or {}).get("progress") or {}
         about["status"] = {name: value for name, value in progress.items() if name not in _SILENT_PROGRESS}
     elif "generation" not in metadata:
-        about["content"] = [manifest.get("spec"), manifest.get("data")]
+        about["content"] = {name: value for name, value in manifest.items() if name not in ("metadata", "status")}
     return hash(json.dumps(about, sort_keys=True))

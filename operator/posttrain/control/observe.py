@@ -1,7 +1,7 @@
 """What a plan needs to know of the cluster, gathered from the cache.
 
-It owns whose an object is: the run's by its controller reference, or by its label where a claim outlives its run. It
-must not judge anything.
+It owns whose an object is: the run's by its controller reference, or by its label where a claim outlives its run and
+the run retains its own. It must not judge anything.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def sort_belongings(run: Manifest, labelled: Iterable[Manifest]) -> Belongings:
                 predecessors.append(ref)
             else:
                 pods.append(manifest)
-        elif is_of_run(manifest, uid=uid, name=run["metadata"]["name"]):
+        elif is_of_run(manifest, uid=uid, name=run["metadata"]["name"], retains=retains_claim(run)):
             objects[ref] = manifest
         elif owner is not None and owner.get("kind") == KIND and owner.get("name") == run["metadata"]["name"]:
             predecessors.append(ref)
@@ -56,13 +56,23 @@ def sort_belongings(run: Manifest, labelled: Iterable[Manifest]) -> Belongings:
     )
 
 
-def is_of_run(manifest: Manifest, *, uid: str, name: str) -> bool:
-    """Return whether an object is the run's: never because of its name alone."""
+def retains_claim(run: Mapping[str, Any]) -> bool:
+    """Return whether the claim made for a run outlives it; as stored, the default may be left out."""
+    checkpoints = (run.get("spec") or {}).get("checkpoints") or {}
+    return bool(checkpoints.get("retain", "Always") == "Always")
+
+
+def is_of_run(manifest: Manifest, *, uid: str, name: str, retains: bool) -> bool:
+    """Return whether an object is the run's: never because of its name alone.
+
+    A claim without an owner was retained for a person. A run that retains nothing would own it, and take it along at
+    its end.
+    """
     owner = controller_of(manifest)
     if owner is not None:
         return bool(owner.get("uid") == uid)
     own = manifest["metadata"].get("labels") or {}
-    retained = (manifest["apiVersion"], manifest["kind"]) == CLAIM
+    retained = retains and (manifest["apiVersion"], manifest["kind"]) == CLAIM
     return retained and own.get(labels.RUN) == name and own.get(labels.MANAGED_BY) == labels.MANAGER
 
 

@@ -167,7 +167,8 @@ class Reconciler:
         except NotFound:
             self._cache.forget(key)
             return False
-        if not is_of_run(there, uid=run.metadata.uid or "", name=run.metadata.name):
+        retains = run.spec.checkpoints.retain == "Always"
+        if not is_of_run(there, uid=run.metadata.uid or "", name=run.metadata.name, retains=retains):
             return True
         self._cache.put(there, own=True)
         return False

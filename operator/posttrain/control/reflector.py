@@ -19,6 +19,8 @@ from posttrain.control.port import Cluster, ClusterError, Expired, NotFound
 _BACKOFF_SECONDS = 0.5
 _BACKOFF_MAX_SECONDS = 15.0
 _UNKNOWN_KIND_SECONDS = 60.0
+_SOUND_SECONDS = 15.0
+"""A watch that lasted so long was sound: what ends it is no failure of the attempt to watch."""
 
 log = structlog.get_logger(__name__)
 
@@ -41,21 +43,23 @@ class Reflector:
         while True:
             try:
                 version = await self._list()
-                listed_at = time()
-                self._failures = 0
-                while time() - listed_at < self._resync_seconds:
+                until = time() + self._resync_seconds
+                while time() < until:
                     # A watch that hangs in silence must not outlive the resync.
-                    left = self._resync_seconds - (time() - listed_at)
-                    version = await self._watch(version, seconds=left)
+                    version = await self._watch(version, until=until, time=time)
+                    if self._failures:
+                        await asyncio.sleep(self._delay())
             except Expired as error:
                 log.info("listing anew", kind=self._kind[1], because=str(error))
-                await asyncio.sleep(self._backoff())
+                self._failures += 1
+                await asyncio.sleep(self._delay())
             except NotFound:
                 # A kind whose CRD is not installed: nothing of it can exist.
-                self._cache.replace(self._kind, (), version="0")
+                self._cache.replace(self._kind, (), version=None)
                 await asyncio.sleep(_UNKNOWN_KIND_SECONDS)
             except ClusterError as error:
-                seconds = self._backoff()
+                self._failures += 1
+                seconds = self._delay()
                 log.warning(
                     "the watch failed", kind=self._kind[1], error=str(error), again_in_seconds=round(seconds, 1)
                 )
@@ -66,23 +70,27 @@ class Reflector:
         self._cache.replace(self._kind, found.items, version=found.resource_version)
         return found.resource_version
 
-    async def _watch(self, version: str, *, seconds: float) -> str:
+    async def _watch(self, version: str, *, until: float, time: Callable[[], float]) -> str:
         """Take the events after a version until the watch ends or the time is up; return the newest version."""
+        began = time()
         events = self._cluster.watch(*self._kind, resource_version=version, label_selector=self._selector)
         try:
-            async with asyncio.timeout(max(seconds, 0)):
+            async with asyncio.timeout(max(until - began, 0)):
                 async for event in events:
                     version = event.object["metadata"]["resourceVersion"]
                     if event.type == "DELETED":
                         self._cache.drop(event.object)
                     elif event.type != "BOOKMARK":
                         self._cache.put(event.object)
-                    self._failures = 0
+            # Also an end without an error is a failure when it comes at once.
+            self._failures += 1
         except TimeoutError:
             pass
+        finally:
+            if time() - began >= _SOUND_SECONDS:
+                self._failures = 0
         return version
 
-    def _backoff(self) -> float:
-        self._failures += 1
+    def _delay(self) -> float:
         delay = min(_BACKOFF_SECONDS * 2.0 ** min(self._failures - 1, 10), _BACKOFF_MAX_SECONDS)
         return delay * random.uniform(0.75, 1.25)

@@ -85,7 +85,7 @@ class KopfEdge:
             return kopf.ConnectionInfo(**self._connection.to_kopf())
 
         @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)  # type: ignore[misc, unused-ignore]
-        def take(event: Any, **_: Any) -> None:
+        async def take(event: Any, **_: Any) -> None:
             # kopf gives an event's object without its type where it listed it.
             manifest = {"apiVersion": TRAINING_RUN[0], "kind": TRAINING_RUN[1], **event["object"]}
             loop.call_soon_threadsafe(cache.drop if event["type"] == "DELETED" else cache.put, manifest)

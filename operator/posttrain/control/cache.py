@@ -14,10 +14,10 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from posttrain.control.kinds import TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
+from posttrain.control.wakes import fingerprint
 from posttrain.plan import labels
 from posttrain.plan.types import Manifest
 
@@ -25,21 +25,6 @@ RunKey = tuple[str, str]
 """Namespace and name of a run."""
 
 _TOMBSTONES = 20_000
-_SILENT_PROGRESS = frozenset(
-    {
-        "step",
-        "percentage",
-        "etaSeconds",
-        "epoch",
-        "metrics",
-        "history",
-        "phase",
-        "lastUpdatedTime",
-        "lastBeatTime",
-        "acknowledged",
-    }
-)
-"""What of `status.progress` no plan acts upon at once: the stall check reads the beat when its time has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +96,7 @@ class Cache:
             known = None
         if run is None:
             return
-        wakes = _wakes(manifest)
+        wakes = fingerprint(manifest)
         self._entries[kind][key.namespace, key.name] = _Entry(uid, version, wakes, _pack(manifest))
         if kind != TRAINING_RUN:
             self._run_of[key] = run
@@ -186,18 +171,3 @@ def _pack(manifest: Manifest) -> bytes:
 def _unpack(packed: bytes) -> Manifest:
     manifest: Manifest = json.loads(zlib.decompress(packed))
     return manifest
-
-
-def _wakes(manifest: Manifest) -> int:
-    """Return a hash over what a plan may act upon: a beat of a run that trains must not set a plan in motion."""
-    metadata = manifest["metadata"]
-    about: dict[str, Any] = {
-        "metadata": [metadata.get(part) for part in ("generation", "deletionTimestamp", "labels", "ownerReferences")],
-        "status": manifest.get("status"),
-    }
-    if (manifest["apiVersion"], manifest["kind"]) == TRAINING_RUN:
-        progress = (manifest.get("status") or {}).get("progress") or {}
-        about["status"] = {name: value for name, value in progress.items() if name not in _SILENT_PROGRESS}
-    elif "generation" not in metadata:
-        about["content"] = {name: value for name, value in manifest.items() if name not in ("metadata", "status")}
-    return hash(json.dumps(about, sort_keys=True))

@@ -64,6 +64,8 @@ async def connect(*, kubeconfig: Path | None, connections: int = 32) -> KubeClus
     configuration.connection_pool_maxsize = connections
     # A retry inside the client would hide an error from the queue's own backoff.
     configuration.retries = 1
+    # Else each request looks for a proxy and a .netrc of this machine's, in a thread.
+    configuration.client_session_kwargs = {"trust_env": False}
     return KubeCluster(client.ApiClient(configuration))
 
 

@@ -8,7 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.posttrain-setup
 # Everything that `make generate` writes, and nothing else.
-GENERATED := crds docs/reasons.md docs/trainingrun.md operator/posttrain/api/tables $(wildcard images/*/requirements.txt)
+GENERATED := charts/posttrain/values.schema.json crds docs/reasons.md docs/settings.md docs/trainingrun.md \
+  operator/posttrain/api/tables $(wildcard images/*/requirements.txt)
 
 export UV_COMPILE_BYTECODE := 1
 export UV_PYTHON_DOWNLOADS := never
@@ -48,12 +49,13 @@ test-workloads: setup ## Run the tests in the trainer environment
 integration: setup cluster-binaries ## Run the tests against a real control plane with nodes that are played
 	$(VENV)/bin/pytest -m integration $(PYTEST_ARGS)
 
-generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, their reference
+generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, schemas, reference pages
 	@for image in operator trainer; do \
 	  $(VENV)/bin/uv export --locked --extra $$image --no-dev --no-emit-project --format requirements.txt -o images/$$image/requirements.txt >/dev/null || exit 1; \
 	done
 	$(PY) scripts/generate_tables.py
 	$(PY) -m posttrain.crds
+	$(PY) scripts/generate_chart.py
 
 verify: generate ## Fail if a generated file differs from the committed one
 	git diff --exit-code -- $(GENERATED)

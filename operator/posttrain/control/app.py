@@ -22,6 +22,7 @@ from typing import Any
 
 import kopf
 import structlog
+import uvloop
 
 from posttrain.api.base import GROUP, VERSION
 from posttrain.api.training_run import PLURAL
@@ -62,7 +63,7 @@ class KopfEdge:
 
             def watch(stop: threading.Event = stop, ended: asyncio.Event = ended) -> None:
                 try:
-                    asyncio.run(self._watch(cache, loop=loop, stop=stop))
+                    uvloop.run(self._watch(cache, loop=loop, stop=stop))
                 except Exception as error:  # whatever ended it: it is started again
                     log.warning("kopf ended", error=str(error) or type(error).__name__)
                 finally:
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     try:
-        return asyncio.run(_serve(options, settings))
+        return uvloop.run(_serve(options, settings))
     except Unavailable as error:
         print(error, file=sys.stderr)
         return 1

@@ -8,12 +8,13 @@ An object is kept as compressed JSON: a pod has ten kilobytes of it, and finishe
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+import orjson
 
 from posttrain.control.kinds import TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
@@ -165,9 +166,9 @@ def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:
 
 
 def _pack(manifest: Manifest) -> bytes:
-    return zlib.compress(json.dumps(manifest, separators=(",", ":")).encode(), level=1)
+    return zlib.compress(orjson.dumps(manifest), level=1)
 
 
 def _unpack(packed: bytes) -> Manifest:
-    manifest: Manifest = json.loads(zlib.decompress(packed))
+    manifest: Manifest = orjson.loads(zlib.decompress(packed))
     return manifest

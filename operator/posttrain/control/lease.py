@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from posttrain.control.kinds import LEASE
-from posttrain.control.port import AlreadyExists, Cluster, ClusterError, Conflict, NotFound, ObjectKey
+from posttrain.control.port import AlreadyExists, Cluster, ClusterError, NotFound, ObjectKey
 from posttrain.plan.types import Manifest
 
 log = structlog.get_logger(__name__)
@@ -92,6 +92,7 @@ class Election:
                 log.warning("the lease was not renewed", error=_describe(error))
                 continue
             if not held:
+                self._renewed = None
                 raise Lost(f"{self.holder} holds the lease")
             # From when the request was sent: the others may count from then.
             self._renewed = started
@@ -117,7 +118,11 @@ class Election:
             log.warning("the lease was not released", error=str(error))
 
     async def _try(self) -> bool:
-        """Take or renew the lease where that is ours to do; return whether this replica holds it."""
+        """Take or renew the lease where that is ours to do; return whether this replica holds it.
+
+        Raises:
+            ClusterError: nothing was written; a conflict among them says nothing yet of who holds it.
+        """
         try:
             lease = await self._cluster.get(self._key)
         except NotFound:
@@ -136,10 +141,7 @@ class Election:
                 "acquireTime": changes["renewTime"],
                 "leaseTransitions": (spec.get("leaseTransitions") or 0) + 1,
             }
-        try:
-            await self._write(lease, changes)
-        except Conflict:
-            return False
+        await self._write(lease, changes)
         self.holder = self._identity
         return True
 

@@ -6,12 +6,12 @@ is the plan's. What is kept in memory, objects that stand in the way, is found a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import orjson
 import structlog
 from pydantic import ValidationError
 
@@ -301,7 +301,7 @@ def _parse(manifest: Manifest) -> TrainingRun:
     metadata = {name: value for name, value in manifest["metadata"].items() if name != "managedFields"}
     stored = {**manifest, "metadata": metadata}
     try:
-        return TrainingRun.model_validate_json(json.dumps(stored), by_alias=True, by_name=False)
+        return TrainingRun.model_validate_json(orjson.dumps(stored), by_alias=True, by_name=False)
     except ValidationError as error:
         # The same words that a person gets who validates the file.
         parse_training_run({name: value for name, value in stored.items() if name != "status"})

@@ -6,8 +6,9 @@ the run is looked at for another reason: a beat of a run that trains, or a pod's
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+import orjson
 
 from posttrain.control.kinds import JOB, POD, PYTORCHJOB, TRAINING_RUN
 from posttrain.plan.types import Manifest
@@ -36,7 +37,7 @@ def fingerprint(manifest: Manifest) -> int:
     """Return a number that changes when a plan may have to act."""
     metadata = manifest["metadata"]
     about = [[metadata.get(part) for part in _METADATA], _content(manifest)]
-    return hash(json.dumps(about, sort_keys=True))
+    return hash(orjson.dumps(about, option=orjson.OPT_SORT_KEYS))
 
 
 def _content(manifest: Manifest) -> Any:

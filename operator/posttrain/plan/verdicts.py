@@ -16,12 +16,13 @@ from posttrain.plan.attempts import Cause
 from posttrain.plan.children import attempt_children, run_children
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
+from posttrain.plan.names import attempt_name
 from posttrain.plan.objects import code_hash
 from posttrain.plan.pods import explain_waiting
 from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
-from posttrain.plan.situation import Situation
+from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.status import Says, Verdict
 from posttrain.plan.types import Manifest, ObjectRef
 from posttrain.plan.usage import end_attempt
@@ -272,7 +273,7 @@ def holding_refs(situation: Situation) -> tuple[ObjectRef, ...]:
 
 def _lost_config_map(situation: Situation) -> tuple[Manifest, ...]:
     """Return the attempt's ConfigMap where its job is there and somebody deleted it: a late pod waits for it."""
-    if situation.job is None:
+    config_map = ObjectRef(*CONFIG_MAP, attempt_name(situation.name, attempt=situation.attempt))
+    if situation.job is None or config_map in situation.observed.objects:
         return ()
-    config_map = attempt_children(situation)[0]
-    return (config_map,) if ObjectRef.of(config_map) not in situation.observed.objects else ()
+    return attempt_children(situation)[:1]

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import structlog
 
+from posttrain.control.authority import Authority
 from posttrain.control.cache import Cache, RunKey
 from posttrain.control.kinds import CHILDREN, TRAINING_RUN, Kind
 from posttrain.control.port import Cluster, ClusterError, Unavailable
@@ -40,13 +41,15 @@ class Edge(Protocol):
 class Operator:
     """The leading work of one replica."""
 
-    def __init__(self, cluster: Cluster, *, settings: Settings, edge: Edge) -> None:
+    def __init__(self, cluster: Cluster, *, settings: Settings, edge: Edge, authority: Authority) -> None:
         self._cluster = cluster
         self._settings = settings
         self._edge = edge
         self.queue: WorkQueue[RunKey] = WorkQueue(clock=LoopClock())
         self.cache = Cache(on_change=lambda run: self.queue.add_after(run, _COALESCE_SECONDS))
-        self._reconciler = Reconciler(cluster, self.cache, settings=settings, clock=lambda: datetime.now(UTC))
+        self._reconciler = Reconciler(
+            cluster, self.cache, settings=settings, authority=authority, clock=lambda: datetime.now(UTC)
+        )
         self._ready = False
 
     def missing(self) -> list[str]:

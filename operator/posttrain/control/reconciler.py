@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from posttrain.api.training_run import TrainingRun
 from posttrain.api.validate import parse_training_run
+from posttrain.control.authority import Authority, ForeignAuthority
 from posttrain.control.cache import Cache, RunKey
 from posttrain.control.drift import has_drifted
 from posttrain.control.events import build_event
@@ -74,11 +75,13 @@ class Reconciler:
         cache: Cache,
         *,
         settings: Settings,
+        authority: Authority,
         clock: Callable[[], datetime],
     ) -> None:
         self._cluster = cluster
         self._cache = cache
         self._settings = settings
+        self._authority = authority
         self._clock = clock
         self._obstacles: dict[RunKey, _Obstacles] = {}
 
@@ -179,6 +182,8 @@ class Reconciler:
         for ref in plan.deletes:
             await self._delete(run, belongings.objects[ref])
         known = len(obstacles)
+        if plan.objects:
+            await self._bring_authority(run, obstacles)
         for wanted in plan.objects:
             observed = belongings.objects.get(ObjectRef.of(wanted))
             if observed is None:
@@ -187,6 +192,14 @@ class Reconciler:
                 await self._repair(observed, wanted, run, obstacles)
         if len(obstacles) > known:
             raise _Changed("a child could not be made")
+
+    async def _bring_authority(self, run: TrainingRun, obstacles: _Obstacles) -> None:
+        """See that the run's pods find the authority that they check the progress server against."""
+        ref = ObjectRef(*CONFIG_MAP, self._settings.progress_server.ca_config_map)
+        try:
+            await self._authority.ensure(run.metadata.namespace)
+        except (ForeignAuthority, Rejected) as error:
+            obstacles.rejected[ref] = str(error)
 
     async def _delete(self, run: TrainingRun, child: Manifest) -> None:
         key = ObjectKey(child["apiVersion"], child["kind"], run.metadata.namespace, child["metadata"]["name"])

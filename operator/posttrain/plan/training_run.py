@@ -164,10 +164,9 @@ def name_conflict(situation: Situation) -> Verdict | None:
 def child_rejected(situation: Situation) -> Verdict | None:
     """The API server, a webhook or a quota refuses an object that the run needs."""
     rejected = situation.observed.rejected
-    refs = sorted(child_refs(situation) & rejected.keys())
-    if not refs:
+    if not rejected:
         return None
-    message = "\n".join(f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in refs)
+    message = "\n".join(f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in sorted(rejected))
     return refuse(situation, "ChildRejected", message)
 
 

@@ -164,7 +164,6 @@ def test_a_pod_complies_with_the_restricted_pod_security_standard(objects: list[
     assert container["resources"].keys() == {"requests", "limits"}
 
 
-@pytest.mark.xfail(reason="the progress server, whose options these are, is not merged yet", strict=False)
 def test_its_options_are_the_processes_own(objects: list[Manifest]) -> None:
     pod = pod_of(objects)
     (container,) = pod["containers"]

@@ -1,4 +1,4 @@
-"""Ports of a cluster's own on the loopback address, and whether something answers on them.
+"""Ports of a cluster's own, and whether something answers on them.
 
 It owns that two clusters on one machine never pick the same port; it must not know what listens on it.
 """
@@ -29,9 +29,8 @@ class Ports:
     port back. The block is taken by a name that the kernel frees when this process ends.
     """
 
-    def __init__(self, host: str = LOOPBACK) -> None:
-        self._host = host
-        self._name, self._free = _take_block(host)
+    def __init__(self) -> None:
+        self._name, self._free = _take_block()
 
     def take(self) -> int:
         """Return a port that nobody listens on.
@@ -40,7 +39,7 @@ class Ports:
             ClusterError: the block is used up.
         """
         for port in self._free:
-            if _is_free(self._host, port):
+            if _is_free(port):
                 return port
         raise ClusterError(f"none of the {_BLOCK} ports of this cluster is free")
 
@@ -49,18 +48,18 @@ class Ports:
         self._name.close()
 
 
-def _take_block(host: str) -> tuple[socket.socket, Iterator[int]]:
+def _take_block() -> tuple[socket.socket, Iterator[int]]:
     starts = list(range(_FIRST, _first_ephemeral(), _BLOCK))
     random.shuffle(starts)
     for start in starts:
         name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            name.bind(f"\0posttrain-test-cluster-{host}-{start}")
+            name.bind(f"\0posttrain-test-cluster-{start}")
         except OSError:
             name.close()
         else:
             return name, iter(range(start, start + _BLOCK))
-    raise ClusterError(f"no ports are left on {host}: {len(starts)} clusters run on this machine")
+    raise ClusterError(f"no ports are left: {len(starts)} clusters run on this machine")
 
 
 def _first_ephemeral() -> int:
@@ -68,11 +67,11 @@ def _first_ephemeral() -> int:
     return max(int(text.split()[0]), _FIRST + _BLOCK)
 
 
-def _is_free(host: str, port: int) -> bool:
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with suppress(OSError):
-            probe.bind((host, port))
+            probe.bind(("", port))  # refused where anything listens on any address
             return True
     return False
 

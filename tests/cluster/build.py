@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.local.container import Command, Container, Ended
-from tests.cluster.components import PARTS, Component
+from tests.cluster.components import PARTS, Component, why_not_here
 
 _LAST_LINES = 20
 _LOCK_POLL_SECONDS = 0.5
@@ -162,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     budget = Budget(None if args.until is None else time.monotonic() + args.until - time.time())
     for part in [part for part in PARTS if part in args.parts or not args.parts]:
-        if sys.platform != "linux" or shutil.which("go") is None:
-            print(f"NOT RUN: {part}: it is built by Go, on Linux; see docs/development/test-cluster.md", flush=True)
+        if reason := why_not_here(part):
+            print(f"NOT RUN: {part}: {reason}", flush=True)
             continue
         try:
             build_part(part, budget=budget, report=lambda line: print(line, flush=True))

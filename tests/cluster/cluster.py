@@ -15,21 +15,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.cluster.addresses import Ports
+from tests.cluster.addresses import LOOPBACK, Ports
 from tests.cluster.components import why_not
-from tests.cluster.control_plane import ControlPlane
+from tests.cluster.control_plane import NODE_NAME, ControlPlane
 from tests.cluster.errors import ClusterError
 from tests.cluster.host_webhooks import apply_objects
+from tests.cluster.images import BUSYBOX
+from tests.cluster.kueue import install_kueue
 from tests.cluster.kwok import MANAGED, build_fake_node, build_kwok, next_names
+from tests.cluster.machine import Machine
+from tests.cluster.node import Node
 from tests.cluster.processes import Process, end_leftovers, poll, tail
 from tests.cluster.training_operator import TUNED, TrainingOperatorOptions, install_training_operator
 
-BUSYBOX = "registry.test/busybox:1"
 NODE_SECONDS = 60.0
 
 
 class TestCluster:
-    """A control plane with fake nodes, the training operator and KWOK.
+    """A control plane with the training operator and KWOK for fake nodes; a real node and Kueue where asked for.
 
     Use it as a context: at its end, or when this process dies, its processes end.
     """
@@ -39,39 +42,68 @@ class TestCluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._exit = ExitStack()
+        self._processes: list[Process] = []
+        self._node: Node | None = None
 
     @classmethod
-    def start(cls, folder: Path, *, training_operator: TrainingOperatorOptions = TUNED) -> TestCluster:
+    def start(
+        cls,
+        folder: Path,
+        *,
+        training_operator: TrainingOperatorOptions = TUNED,
+        node: bool = False,
+        kueue: bool = False,
+        kueue_config: Mapping[str, Any] | None = None,
+    ) -> TestCluster:
         """Start a cluster in a folder; what an earlier one left there is ended and removed first.
+
+        `kueue_config` is put over the top level of Kueue's configuration.
 
         Raises:
             ClusterError: a part is not built, the folder is in use, or a component did not start; the message has the
                 end of its log.
         """
-        if reason := why_not("control-plane"):
-            raise ClusterError(f"control-plane: {reason}")
+        for part in ("control-plane", *(["node"] if node else []), *(["kueue"] if kueue else [])):
+            if reason := why_not(part):
+                raise ClusterError(f"{part}: {reason}")
         cluster = cls(folder.absolute())
         try:
-            cluster._start(training_operator)
+            cluster._start(training_operator, node=node, kueue_config=(kueue_config or {}) if kueue else None)
         except BaseException:
             cluster.close()
             raise
         return cluster
 
-    def _start(self, options: TrainingOperatorOptions) -> None:
+    def _start(self, options: TrainingOperatorOptions, *, node: bool, kueue_config: Mapping[str, Any] | None) -> None:
         self._take_folder()
         ports = Ports()
         self._exit.callback(ports.close)
-        self.control_plane = ControlPlane(self.folder, ports=ports)
+        machine = self._start_machine() if node else None
+        self.control_plane = ControlPlane(self.folder, ports=ports, host=machine.host_address if machine else LOOPBACK)
         self._exit.callback(self._stop_processes)
-        self._processes: list[Process] = list(self.control_plane.processes)
+        self._processes += self.control_plane.processes
         self.control_plane.start()
-        self.training_operator = install_training_operator(self.control_plane, options=options, init_image=BUSYBOX)
+        self.training_operator = install_training_operator(
+            self.control_plane, options=options, init_image=BUSYBOX, machine=machine
+        )
         self.kwok = build_kwok(self.control_plane)
-        added = (self.training_operator, self.kwok)
+        added = [self.training_operator, self.kwok]
+        if kueue_config is not None:
+            added.append(install_kueue(self.control_plane, config=kueue_config))
         self._processes += added
         with ThreadPoolExecutor() as pool:
             list(pool.map(Process.start, added))
+        if machine:
+            self._node = Node(machine, self.control_plane)
+            self._processes += self._node.processes
+            self._node.start()
+
+    def _start_machine(self) -> Machine:
+        machine = Machine(self.folder / "machine", hostname=NODE_NAME)
+        self._exit.callback(machine.close)
+        self._processes.append(machine.init)
+        machine.start()
+        return machine
 
     def _take_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +149,17 @@ class TestCluster:
     def api_server(self) -> Process:
         """The API server, to be stopped, paused and started; it keeps its port and its data."""
         return self.control_plane.api_server
+
+    @property
+    def node(self) -> Node:
+        """The real node.
+
+        Raises:
+            ClusterError: the cluster was started without one.
+        """
+        if self._node is None:
+            raise ClusterError("this cluster has no real node: TestCluster.start(folder, node=True)")
+        return self._node
 
     @property
     def processes(self) -> Mapping[str, Process]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from posttrain.local.environments import cache_root
+from tests.cluster.requirements import why_no_node
 
 MODULES = Path(__file__).parent / "go"
 ROOT = Path(__file__).parents[2]
@@ -128,12 +129,19 @@ def program(component: Component, name: str) -> Path:
 
 def why_not(part: str) -> str | None:
     """Return why a part cannot be run here, or None if it can."""
+    if reason := why_not_here(part):
+        return reason
+    missing = [component.name for component in PARTS[part] if not component.is_built()]
+    return f"not built: {', '.join(missing)} (make cluster-binaries)" if missing else None
+
+
+def why_not_here(part: str) -> str | None:
+    """Return what this machine lacks for a part, built or not; None if it lacks nothing."""
     if sys.platform != "linux":
         return "the test cluster runs on Linux only"
     if shutil.which("go") is None:
         return "Go is not installed (https://go.dev/dl), and the cluster's programs are built from pinned Go modules"
-    missing = [component.name for component in PARTS[part] if not component.is_built()]
-    return f"not built: {', '.join(missing)} (make cluster-binaries)" if missing else None
+    return why_no_node() if part == "node" else None
 
 
 @functools.cache

@@ -21,17 +21,24 @@ from tests.cluster.processes import Process, poll
 
 SERVICE_NETWORK = "10.96.0.0/24"
 SERVICE_ADDRESS = "10.96.0.1"
+DNS_ADDRESS = "10.96.0.10"
+NODE_NAME = "node-1"
 ADMIN = "admin"
 CONTROLLER_MANAGER = "system:kube-controller-manager"
 SCHEDULER = "system:kube-scheduler"
 KWOK = "kwok"
+KUBE_PROXY = "system:kube-proxy"
+NODE_USER = f"system:node:{NODE_NAME}"
+COREDNS = "coredns"
 # User to groups. Everybody else gets a token of their ServiceAccount, so that their own RBAC is in force.
 _USERS: Mapping[str, str] = {
     ADMIN: "system:masters",
     KWOK: "system:masters",
     CONTROLLER_MANAGER: "",
     SCHEDULER: "",
-    "system:kube-proxy": "",
+    KUBE_PROXY: "",
+    NODE_USER: "system:nodes",
+    COREDNS: "system:masters",
 }
 _AUDIT_POLICY = """\
 apiVersion: audit.k8s.io/v1
@@ -54,6 +61,7 @@ class ControlPlane:
         self.port = ports.take()
         self.url = f"https://{host}:{self.port}"
         self.kubeconfig = self.write_kubeconfig(ADMIN, token=self.tokens[ADMIN])
+        self._kubectl = program(KUBERNETES, "kubectl")
         self.audit_log = folder / "audit.log"
         self.etcd = self._build_etcd()
         self.api_server = self._build_api_server()
@@ -84,7 +92,7 @@ class ControlPlane:
         Raises:
             ClusterError: it failed; the message has what it wrote on standard error.
         """
-        argv = [program(KUBERNETES, "kubectl"), "--kubeconfig", kubeconfig or self.kubeconfig]
+        argv = [self._kubectl, "--kubeconfig", kubeconfig or self.kubeconfig]
         argv += ["--cache-dir", self.folder / "kubectl-cache", *args]
         ran = subprocess.run(
             list(map(str, argv)), input=input, capture_output=True, text=True, timeout=_KUBECTL_SECONDS, check=False

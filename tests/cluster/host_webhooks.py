@@ -5,6 +5,7 @@ It owns rendering, applying and pointing webhooks at an address of this machine;
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from tests.cluster.control_plane import ControlPlane
+from tests.cluster.pki import KeyPair
 
 _FIRST_KINDS = ("Namespace", "CustomResourceDefinition")
 _LAST_KINDS = ("ValidatingWebhookConfiguration", "MutatingWebhookConfiguration")
@@ -40,11 +42,39 @@ def apply_objects(control_plane: ControlPlane, objects: Iterable[Mapping[str, An
 
 
 def point_webhooks_at(objects: Iterable[dict[str, Any]], *, url: str, ca_bundle: str) -> None:
-    """Replace the Service of every webhook by a URL: an EndpointSlice may not have a loopback address."""
+    """Replace the Service of every webhook, and of every conversion, by a URL.
+
+    A Service would not do: an EndpointSlice may not have a loopback address.
+    """
     for manifest in objects:
-        for webhook in manifest.get("webhooks", ()):
-            path = webhook["clientConfig"].get("service", {}).get("path", "")
-            webhook["clientConfig"] = {"url": f"{url}{path}", "caBundle": ca_bundle}
+        hooks = list(manifest.get("webhooks", ()))
+        if manifest["kind"] == "CustomResourceDefinition" and "webhook" in manifest["spec"].get("conversion", {}):
+            hooks.append(manifest["spec"]["conversion"]["webhook"])
+        for hook in hooks:
+            path = hook["clientConfig"]["service"]["path"]
+            hook["clientConfig"] = {"url": f"{url}{path}", "caBundle": ca_bundle}
+
+
+def build_certificate_secret(
+    control_plane: ControlPlane, *, namespace: str, name: str, serving: KeyPair
+) -> dict[str, Any]:
+    """Return the Secret in which a controller's certificate rotator finds everything valid, and leaves it."""
+    authority = control_plane.pki.files
+    files = {
+        "ca.crt": authority.certificate,
+        "ca.key": authority.key,
+        "tls.crt": serving.certificate,
+        "tls.key": serving.key,
+    }
+    data = {key: base64.b64encode(file.read_bytes()).decode() for key, file in files.items()}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": namespace}, "data": data}
+
+
+def write_certificate(folder: Path, serving: KeyPair) -> None:
+    """Write a certificate where controller-runtime's webhook server looks for one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tls.crt").write_bytes(serving.certificate.read_bytes())
+    (folder / "tls.key").write_bytes(serving.key.read_bytes())
 
 
 def _order(kind: str) -> int:

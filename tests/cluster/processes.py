@@ -50,7 +50,10 @@ def tail(log: Path, *, lines: int = _TAIL_LINES) -> str:
 
 
 class Process:
-    """One component. It can be stopped and started again with the same arguments, or paused in between."""
+    """One component. It can be stopped and started again with the same arguments, or paused in between.
+
+    `forks` says that the command is one that enters a PID namespace: the component is its child.
+    """
 
     def __init__(
         self,
@@ -61,12 +64,14 @@ class Process:
         ready: Callable[[], bool] = lambda: True,
         env: Mapping[str, str] | None = None,
         grace_seconds: float = 5.0,
+        forks: bool = False,
     ) -> None:
         self.name = name
         self.argv = tuple(map(str, argv))
         self.log = folder / "logs" / f"{name}.log"
         self._env = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8", **(env or {})}
         self._folder = folder
+        self._forks = forks
         self._ready = ready
         self._grace_seconds = grace_seconds
         self._record = folder / "processes" / f"{name}.json"
@@ -81,7 +86,8 @@ class Process:
         """
         if self._container is None or self._container.wait(timeout_seconds=0):
             raise ClusterError(f"{self.name} is not running:\n{tail(self.log)}")
-        return self._container.main.pid
+        main = self._container.main.pid
+        return next(iter(descendants(main)), main) if self._forks else main
 
     def is_running(self) -> bool:
         """Return whether it was started and has not ended."""
@@ -118,10 +124,14 @@ class Process:
     def stop(self, *, grace_seconds: float | None = None) -> None:
         """End it: SIGTERM, and SIGKILL when the grace period is over; 0 means at once."""
         if self._container is not None:
-            with suppress(ClusterError):
+            grace = self._grace_seconds if grace_seconds is None else grace_seconds
+            with suppress(ClusterError, ProcessLookupError):
                 self.resume()
-            self._container.terminate(grace_seconds=self._grace_seconds if grace_seconds is None else grace_seconds)
-            self._container.wait()
+                if grace > 0:
+                    os.kill(self.pid, signal.SIGTERM)
+            if not self._container.wait(timeout_seconds=grace):
+                self._container.terminate(grace_seconds=0)
+                self._container.wait()
             self._container = None
             self._record.unlink(missing_ok=True)
 

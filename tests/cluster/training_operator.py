@@ -5,7 +5,6 @@ It owns how those manifests serve a controller outside the cluster; it must not 
 
 from __future__ import annotations
 
-import base64
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,14 @@ from typing import Any
 from tests.cluster.addresses import answers
 from tests.cluster.components import TRAINING_OPERATOR, program
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.host_webhooks import apply_objects, point_webhooks_at, render
+from tests.cluster.host_webhooks import (
+    apply_objects,
+    build_certificate_secret,
+    point_webhooks_at,
+    render,
+    write_certificate,
+)
+from tests.cluster.machine import Machine
 from tests.cluster.processes import Process
 
 NAMESPACE = "kubeflow"
@@ -52,45 +58,40 @@ TUNED = TrainingOperatorOptions(controller_threads=4, qps=100, burst=200)
 
 
 def install_training_operator(
-    control_plane: ControlPlane, *, options: TrainingOperatorOptions, init_image: str
+    control_plane: ControlPlane,
+    *,
+    options: TrainingOperatorOptions,
+    init_image: str,
+    machine: Machine | None = None,
 ) -> Process:
-    """Apply its manifests and return its process, which is not started yet.
+    """Apply its manifests and return its process, which is not started yet; where there is a machine, it runs there.
 
     Raises:
         ClusterError: the API server refused one of its objects.
     """
+    # Its webhook listens on every address, which a machine of its own keeps off this host's.
+    host = machine.address if machine else control_plane.host
     port, health_port, metrics_port = (control_plane.ports.take() for _ in range(3))
     serving = control_plane.pki.issue(
-        f"{_SERVICE}.{NAMESPACE}.svc", hosts=[f"{_SERVICE}.{NAMESPACE}.svc", "localhost", control_plane.host]
+        f"{_SERVICE}.{NAMESPACE}.svc", hosts=[f"{_SERVICE}.{NAMESPACE}.svc", "localhost", host]
     )
     temporary = control_plane.folder / "training-operator"
-    certificates = temporary / _MARKER.relative_to("/tmp").parent
-    certificates.mkdir(parents=True, exist_ok=True)
-    (certificates / "tls.crt").write_bytes(serving.certificate.read_bytes())
-    (certificates / "tls.key").write_bytes(serving.key.read_bytes())
+    write_certificate(temporary / _MARKER.relative_to("/tmp").parent, serving)
     template = temporary / "init-container.yaml"
     template.write_text(_INIT_CONTAINER)
 
     rendered = render(control_plane, TRAINING_OPERATOR.folder / "manifests" / "overlays" / "standalone")
     objects = [made for manifest in rendered if (made := _for_host(manifest))]
-    point_webhooks_at(objects, url=f"https://{control_plane.host}:{port}", ca_bundle=control_plane.pki.bundle)
-    authority = control_plane.pki.files
-    files = {
-        "ca.crt": authority.certificate,
-        "ca.key": authority.key,
-        "tls.crt": serving.certificate,
-        "tls.key": serving.key,
-    }
-    data = {name: base64.b64encode(file.read_bytes()).decode() for name, file in files.items()}
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": _SECRET, "namespace": NAMESPACE}, "data": data}
+    point_webhooks_at(objects, url=f"https://{host}:{port}", ca_bundle=control_plane.pki.bundle)
+    secret = build_certificate_secret(control_plane, namespace=NAMESPACE, name=_SECRET, serving=serving)
     apply_objects(control_plane, [*objects, secret])
 
     argv = [
         program(TRAINING_OPERATOR, "training-operator"),
         "--enable-scheme=pytorchjob",
         f"--webhook-server-port={port}",
-        f"--metrics-bind-address={control_plane.host}:{metrics_port}",
-        f"--health-probe-bind-address={control_plane.host}:{health_port}",
+        f"--metrics-bind-address={host}:{metrics_port}",
+        f"--health-probe-bind-address={host}:{health_port}",
         f"--controller-threads={options.controller_threads}",
         f"--kube-api-qps={options.qps}",
         f"--kube-api-burst={options.burst}",
@@ -102,7 +103,7 @@ def install_training_operator(
         "MY_POD_NAMESPACE": NAMESPACE,
         "TMPDIR": str(temporary),
     }
-    healthy = answers(f"http://{control_plane.host}:{health_port}/readyz")
+    healthy = answers(f"http://{host}:{health_port}/readyz")
 
     def ready() -> bool:
         _MARKER.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,8 @@ def install_training_operator(
         _remove_marker()
         return True
 
+    if machine:
+        return machine.process("training-operator", argv, env=env, ready=ready)
     return Process("training-operator", argv, folder=control_plane.folder, env=env, ready=ready)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import uuid
+import sys
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import TestCluster
-from tests.support.tiers import attach_cluster_logs, require
+from tests.support.cluster_runs import ClusterRun
+from tests.support.operator_process import NAMESPACE, OperatorProcess, add_claim
+from tests.support.tiers import attach_cluster_logs, fresh_namespace, require
+
+CRD = Path(__file__).parents[2] / "crds" / "posttrain.dev_trainingruns.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -20,13 +25,48 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
         yield started
 
 
+@pytest.fixture(scope="session")
+def kueue_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    """Another cluster, with Kueue in it, which makes no queue."""
+    require("control-plane", "kueue")
+    with TestCluster.start(tmp_path_factory.mktemp("kueue"), kueue=True) as started:
+        started.add_fake_nodes(4)
+        yield started
+
+
 @pytest.fixture
 def namespace(cluster: TestCluster) -> Iterator[str]:
     """A namespace of the test's own."""
-    name = f"test-{uuid.uuid4().hex[:8]}"
-    cluster.create_namespace(name)
-    yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    with fresh_namespace(cluster) as name:
+        yield name
+
+
+@pytest.fixture
+def kueue_namespace(kueue_cluster: TestCluster) -> Iterator[str]:
+    """A namespace of the test's own in the cluster with Kueue."""
+    with fresh_namespace(kueue_cluster) as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
+def operator(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+    """The operator, which leads."""
+    cluster.apply(CRD.read_text())
+    cluster.create_namespace(NAMESPACE)
+    operator = OperatorProcess(cluster, tmp_path_factory.mktemp("operator"), python=Path(sys.executable))
+    try:
+        operator.process.start()
+        yield operator
+    finally:
+        operator.close()
+
+
+@pytest.fixture
+def run(cluster: TestCluster, operator: OperatorProcess, namespace: str) -> ClusterRun:
+    """A run that is not applied yet, in a namespace with the claims that it names."""
+    for claim in ("inputs", "shared"):
+        add_claim(cluster, namespace, claim)
+    return ClusterRun(cluster, namespace)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from tests.cluster.kwok import NODE_SELECTOR, TOLERATION
@@ -38,7 +39,7 @@ def build_pytorchjob(
         "spec": {
             "runPolicy": {"cleanPodPolicy": "None"},
             "pytorchReplicaSpecs": {
-                role: {"replicas": replicas, "restartPolicy": "Never", "template": template}
+                role: {"replicas": replicas, "restartPolicy": "Never", "template": deepcopy(template)}
                 for role, replicas in (("Master", 1), ("Worker", workers))
             },
         },

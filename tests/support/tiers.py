@@ -7,6 +7,9 @@ A tier that cannot run says so as `NOT RUN: <part>: <why>`. $POSTTRAIN_REQUIRE n
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -23,6 +26,15 @@ def require(*parts: str) -> None:
             if part in promised:
                 pytest.fail(message, pytrace=False)
             pytest.skip(message)
+
+
+@contextmanager
+def fresh_namespace(cluster: TestCluster) -> Iterator[str]:
+    """Make a namespace, and delete it at the end without waiting until it is gone."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    cluster.create_namespace(name)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
 def attach_cluster_logs(item: pytest.Item, report: pytest.TestReport) -> None:

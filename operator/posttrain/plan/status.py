@@ -182,7 +182,7 @@ def derive_events(before: TrainingRunStatus, after: TrainingRunStatus) -> tuple[
     if accepted is not None:
         events.append(_event(accepted, good=accepted.status == "True"))
     prepared = _news(before, after, conditions.PREPARED)
-    if prepared is not None and prepared.status == "True":
+    if prepared is not None and prepared.reason == "Prepared":
         events.append(_event(prepared, good=True))
     pods_ready = _news(before, after, conditions.PODS_READY)
     if pods_ready is not None and pods_ready.status == "True":

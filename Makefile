@@ -8,7 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.posttrain-setup
 # Everything that `make generate` writes, and nothing else.
-GENERATED := crds docs/reasons.md docs/trainingrun.md operator/posttrain/api/tables
+GENERATED := charts/posttrain/values.schema.json crds docs/reasons.md docs/settings.md docs/trainingrun.md \
+  operator/posttrain/api/tables $(wildcard images/*/requirements.txt)
 
 # What the test cluster's programs are built for, in this order.
 BUILDS := build-control-plane build-node build-kueue
@@ -57,9 +58,13 @@ e2e: setup $(BUILDS) ## Run the tests on a real node, and those with Kueue
 test-all: setup $(BUILDS) ## Run every test
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
-generate: setup ## Write the generated files anew: argument tables, CRDs, their reference
+generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, schemas, reference pages
+	@for image in operator trainer; do \
+	  $(VENV)/bin/uv export --locked --extra $$image --no-dev --no-emit-project --format requirements.txt -o images/$$image/requirements.txt >/dev/null || exit 1; \
+	done
 	$(PY) scripts/generate_tables.py
 	$(PY) -m posttrain.crds
+	$(PY) scripts/generate_chart.py
 
 verify: generate ## Fail if a generated file differs from the committed one
 	git diff --exit-code -- $(GENERATED)

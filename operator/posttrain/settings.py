@@ -68,6 +68,8 @@ class Settings(SettingsModel):
     progress_server: ProgressServerSettings = ProgressServerSettings()
     allow_file_sources: bool = False
     """file:// sources and code.path: true on one machine only."""
+    queues: bool = True
+    """Whether queueName is obeyed: false on one machine only, which has no queues."""
     prepare_cpu: str = "2"
     prepare_memory: str = "16Gi"
     termination_grace_seconds: int = 120

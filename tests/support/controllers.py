@@ -36,7 +36,7 @@ class Controllers:
         self._clock = clock
         self._namespace = namespace
         self._run = run
-        self._seqs: dict[tuple[int, str], int] = {}
+        self._seqs: dict[tuple[str, int, str], int] = {}
 
     def key(self, kind: Kind, name: str) -> ObjectKey:
         """Return the key of an object in the run's namespace."""
@@ -193,8 +193,11 @@ class Controllers:
 
     def tell(self, *facts: FactBody, attempt: int, source: str = "rank-0", **beat: Any) -> None:
         """Write what a workload reports into `status.progress`."""
-        first = self._seqs.get((attempt, source), 0) + 1
-        self._seqs[attempt, source] = first + len(facts) - 1
+        run = self.find(TRAINING_RUN, self._run)
+        assert run is not None, "the run is there"
+        sender = (run["metadata"]["uid"], attempt, source)
+        first = self._seqs.get(sender, 0) + 1
+        self._seqs[sender] = first + len(facts) - 1
         self.take(build_report(*facts, attempt=attempt, source=source, first_seq=first, **beat))
 
     def take(self, report: FactsReport, *, seconds_ago: float = 0) -> None:

@@ -117,16 +117,19 @@ class Reconciler:
         if plan.delete_run:
             await self._cluster.delete(key, uid=manifest["metadata"]["uid"])
             return None
-        await self._carry_out(run, plan, belongings, obstacles)
+        made = await self._carry_out(run, plan, belongings, obstacles)
         written = await self._write_status(manifest, _status_data(plan))
         await self._tell(written, plan.events)
-        return self._look_again(plan, obstacles, waits_for_reference=bool(run.spec.code) and not plan.objects)
+        if made:
+            # Nobody tells of what was made here, and deadlines count from when it was.
+            return 0.0
+        return self._look_again(plan, obstacles, waits_for_code=_waits_for_code(run, plan, belongings))
 
-    def _look_again(self, plan: Plan, obstacles: _Obstacles, *, waits_for_reference: bool) -> float | None:
+    def _look_again(self, plan: Plan, obstacles: _Obstacles, *, waits_for_code: bool) -> float | None:
         waits = [plan.requeue_after] if plan.requeue_after is not None else []
         if len(obstacles):
             waits.append(_OBSTACLE_SECONDS)
-        if waits_for_reference:
+        if waits_for_code:
             waits.append(_REFERENCE_SECONDS)
         return min(waits, default=None)
 
@@ -144,8 +147,7 @@ class Reconciler:
     async def _own_code(self, run: TrainingRun, belongings: Belongings) -> dict[str, dict[str, str]]:
         """Return the data of the ConfigMap that the spec names, until the run has a snapshot of it."""
         code = run.spec.code
-        snapshot = ObjectRef(*CONFIG_MAP, names.code_name(run.metadata.name))
-        if code is None or code.config_map_name is None or snapshot in belongings.objects:
+        if code is None or code.config_map_name is None or _code_ref(run) in belongings.objects:
             return {}
         try:
             found = await self._cluster.get(ObjectKey(*CONFIG_MAP, run.metadata.namespace, code.config_map_name))
@@ -159,41 +161,30 @@ class Reconciler:
             known = self._obstacles[run_key] = _Obstacles(since=now)
         return known
 
-    async def _is_foreign(self, wanted: Manifest, run: TrainingRun) -> bool:
-        """Return whether the object of that name is somebody else's; take note of it where it is the run's."""
-        key = ObjectKey.of(wanted)
-        try:
-            there = await self._cluster.get(key)
-        except NotFound:
-            self._cache.forget(key)
-            return False
-        retains = run.spec.checkpoints.retain == "Always"
-        if not is_of_run(there, uid=run.metadata.uid or "", name=run.metadata.name, retains=retains):
-            return True
-        self._cache.put(there, own=True)
-        return False
-
     # --- Carrying out ------------------------------------------------------------------------------------------------
 
-    async def _carry_out(self, run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles) -> None:
+    async def _carry_out(self, run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles) -> bool:
+        """Delete, create and repair what the plan says; return whether something was created."""
         for ref in plan.deletes:
             await self._delete(run, belongings.objects[ref])
-        known = len(obstacles)
+        known, made = len(obstacles), False
         for wanted in plan.objects:
             observed = belongings.objects.get(ObjectRef.of(wanted))
             if observed is None:
                 await self._create(wanted, run, obstacles)
+                made = True
             elif has_drifted(observed, wanted=wanted):
                 await self._repair(observed, wanted, run, obstacles)
         if len(obstacles) > known:
             raise _Changed("a child could not be made")
+        return made
 
     async def _delete(self, run: TrainingRun, child: Manifest) -> None:
         key = ObjectKey(child["apiVersion"], child["kind"], run.metadata.namespace, child["metadata"]["name"])
         try:
             await self._cluster.delete(key, uid=child["metadata"]["uid"])
         except Conflict as error:
-            self._cache.forget(key)
+            await self._refresh(key)
             raise _Changed(str(error)) from error
         log.info("deleted", run=_name(run), kind=key.kind, name=key.name)
 
@@ -205,15 +196,31 @@ class Reconciler:
         try:
             made = await self._cluster.create(wanted)
         except AlreadyExists:
-            if await self._is_foreign(wanted, run):
-                obstacles.foreign.add(ref)
-            else:
-                raise _Changed(f"{ref.kind} {ref.name} is there already") from None
-        except Rejected as error:
+            await self._find(wanted, run, obstacles)
+        except (Rejected, NotFound) as error:
+            # Not found: what it belongs to, its kind among it, is not there.
             obstacles.rejected[ref] = str(error)
         else:
             self._cache.put(made, own=True)
             log.info("created", run=_name(run), kind=ref.kind, name=ref.name)
+
+    async def _find(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
+        """See whose the object of that name is. One of the run's that lost its label is not watched until it has it."""
+        key = ObjectKey.of(wanted)
+        try:
+            there = await self._cluster.get(key)
+        except NotFound:
+            self._cache.forget(key)
+        else:
+            retains = run.spec.checkpoints.retain == "Always"
+            if not is_of_run(there, uid=run.metadata.uid or "", name=run.metadata.name, retains=retains):
+                obstacles.foreign.add(key.ref)
+                return
+            self._cache.put(there, own=True)
+            if self._cache.get(key) is None:
+                await self._repair(there, wanted, run, obstacles)
+                return
+        raise _Changed(f"{key.kind} {key.name} is there already")
 
     async def _require_no_gang(self, run: TrainingRun) -> None:
         """See for certain that no pod of an earlier attempt lives: two gangs must never write to one storage."""
@@ -233,7 +240,7 @@ class Reconciler:
         try:
             applied = await self._cluster.apply(wanted, uid=observed["metadata"]["uid"])
         except (Conflict, NotFound) as error:
-            self._cache.forget(key)
+            await self._refresh(key)
             raise _Changed(str(error)) from error
         except Rejected as error:
             obstacles.rejected[key.ref] = str(error)
@@ -245,7 +252,9 @@ class Reconciler:
 
     async def _refuse(self, manifest: Manifest, problems: tuple[Problem, ...]) -> None:
         status = status_of_unreadable(manifest, problems, now=self._clock())
-        await self._write_status(manifest, status.model_dump(mode="json", by_alias=True, exclude_none=True))
+        told = status.model_dump(mode="json", by_alias=True, exclude_none=True)
+        # What cannot be read today stays too: attempts and counters are facts, and nobody could tell them again.
+        await self._write_status(manifest, {**(manifest.get("status") or {}), **told})
 
     async def _write_status(self, manifest: Manifest, status: dict[str, Any]) -> Manifest:
         """Write the operator's part of the status where it differs, and return the run as it then stands.
@@ -306,6 +315,16 @@ def _parse(manifest: Manifest) -> TrainingRun:
         # The same words that a person gets who validates the file.
         parse_training_run({name: value for name, value in stored.items() if name != "status"})
         raise InvalidResource(tuple(Problem(path="status", message=item["msg"]) for item in error.errors())) from None
+
+
+def _code_ref(run: TrainingRun) -> ObjectRef:
+    return ObjectRef(*CONFIG_MAP, names.code_name(run.metadata.name))
+
+
+def _waits_for_code(run: TrainingRun, plan: Plan, belongings: Belongings) -> bool:
+    """Return whether a ConfigMap that nobody watches decides how the run goes on: its snapshot is not made yet."""
+    ended = plan.status is not None and plan.status.completion_time is not None
+    return run.spec.code is not None and not ended and not plan.objects and _code_ref(run) not in belongings.objects
 
 
 def _status_data(plan: Plan) -> dict[str, Any]:

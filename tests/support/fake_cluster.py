@@ -104,6 +104,10 @@ class FakeCluster:
         """Replace the whole status of an object, as its controller does."""
         return self.put({**deepcopy(self._objects[key].body), "status": deepcopy(dict(status))})
 
+    def remove(self, key: ObjectKey) -> None:
+        """Delete an object, as somebody else does, and what it owns with it."""
+        self._delete(key)
+
     def add_token(self, token: str, *, pod: Manifest, audience: str) -> None:
         """Know a token that is bound to a pod."""
         metadata = pod["metadata"]
@@ -137,6 +141,17 @@ class FakeCluster:
     def count(self, method: str, kind: Kind | None = None) -> int:
         """Return how many calls of a method there were."""
         return sum(m == method and kind in (None, (k.api_version, k.kind)) for m, k in self.requests)
+
+    def read(self, kind: Kind, *, label_selector: str = "") -> ObjectList:
+        """Return what a LIST of a kind would answer; no request is counted."""
+        items = [item for item in self.objects(kind) if _selects(label_selector, item["metadata"].get("labels") or {})]
+        return ObjectList(items=items, resource_version=str(self._version))
+
+    def events(self, kind: Kind, *, after: int, label_selector: str = "") -> list[WatchEvent]:
+        """Return what a watch of a kind from that version on would have said by now; no request is counted."""
+        changes = (change for change in self._changes if change.version > after)
+        found = (_event(change, kind=kind, label_selector=label_selector) for change in changes)
+        return [event for event in found if event is not None]
 
     # --- The port ----------------------------------------------------------------------------------------------------
 

@@ -57,6 +57,11 @@ _CATALOGUE = (
         advice="Rename the run, or delete the object that is named.",
     ),
     Reason(
+        name="ChildRejected",
+        message="The API server refuses an object that the run needs.",
+        advice="Mend what the message names (a quota, a webhook's rule, a right); it is tried again by itself.",
+    ),
+    Reason(
         name="ReferencePending",
         message="Something that the spec refers to does not exist yet.",
         advice="Create the object that is named; the run goes on by itself.",

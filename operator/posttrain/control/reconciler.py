@@ -49,6 +49,7 @@ _ROUNDS = 5
 _OBSTACLE_SECONDS = 30.0
 _REFERENCE_SECONDS = 15.0
 _PREDECESSOR_SECONDS = 2.0
+_MADE_SECONDS = 1.0
 _PATIENCE = timedelta(seconds=30)
 """How long a job may take to make its pods before its events are asked why."""
 
@@ -127,10 +128,10 @@ class Reconciler:
         if plan.delete_run:
             await self._cluster.delete(key, uid=manifest["metadata"]["uid"])
             return None
-        await self._carry_out(run, plan, belongings, obstacles)
+        made = await self._carry_out(run, plan, belongings, obstacles)
         written = await self._write_status(manifest, _status_data(plan))
         await self._tell(written, plan.events)
-        return _look_again(run, plan, belongings, obstacles)
+        return _look_again(run, plan, belongings, obstacles, made=made)
 
     # --- Observing ---------------------------------------------------------------------------------------------------
 
@@ -160,8 +161,7 @@ class Reconciler:
     async def _own_code(self, run: TrainingRun, belongings: Belongings) -> dict[str, dict[str, str]]:
         """Return the data of the ConfigMap that the spec names, until the run has a snapshot of it."""
         code = run.spec.code
-        snapshot = ObjectRef(*CONFIG_MAP, names.code_name(run.metadata.name))
-        if code is None or code.config_map_name is None or snapshot in belongings.objects:
+        if code is None or code.config_map_name is None or _code_ref(run) in belongings.objects:
             return {}
         try:
             found = await self._cluster.get(ObjectKey(*CONFIG_MAP, run.metadata.namespace, code.config_map_name))
@@ -175,38 +175,27 @@ class Reconciler:
             known = self._obstacles[run_key] = _Obstacles(since=now)
         return known
 
-    async def _is_foreign(self, wanted: Manifest, run: TrainingRun) -> bool:
-        """Return whether the object of that name is somebody else's; take note of it where it is the run's."""
-        key = ObjectKey.of(wanted)
-        try:
-            there = await self._cluster.get(key)
-        except NotFound:
-            self._cache.forget(key)
-            return False
-        retains = run.spec.checkpoints.retain == "Always"
-        if not is_of_run(there, uid=run.metadata.uid or "", name=run.metadata.name, retains=retains):
-            return True
-        self._cache.put(there, own=True)
-        return False
-
     # --- Carrying out ------------------------------------------------------------------------------------------------
 
-    async def _carry_out(self, run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles) -> None:
+    async def _carry_out(self, run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles) -> bool:
+        """Delete, create and repair what the plan says; return whether something was created."""
         for ref in plan.deletes:
             await self._delete(run, belongings.objects[ref])
         for patch in plan.patches:
             await self._patch(run, patch)
-        known = len(obstacles)
+        known, made = len(obstacles), False
         if plan.objects:
             await self._bring_authority(run, obstacles)
         for wanted in plan.objects:
             observed = belongings.objects.get(ObjectRef.of(wanted))
             if observed is None:
                 await self._create(wanted, run, obstacles)
+                made = True
             elif has_drifted(observed, wanted=wanted):
                 await self._repair(observed, wanted, run, obstacles)
         if len(obstacles) > known:
             raise _Changed("a child could not be made")
+        return made
 
     async def _bring_authority(self, run: TrainingRun, obstacles: _Obstacles) -> None:
         """See that the run's pods find the authority that they check the progress server against."""
@@ -221,7 +210,7 @@ class Reconciler:
         try:
             await self._cluster.delete(key, uid=child["metadata"]["uid"])
         except Conflict as error:
-            self._cache.forget(key)
+            await self._refresh(key)
             raise _Changed(str(error)) from error
         log.info("deleted", run=_name(run), kind=key.kind, name=key.name)
 
@@ -243,15 +232,31 @@ class Reconciler:
         try:
             made = await self._cluster.create(wanted)
         except AlreadyExists:
-            if await self._is_foreign(wanted, run):
-                obstacles.foreign.add(ref)
-            else:
-                raise _Changed(f"{ref.kind} {ref.name} is there already") from None
-        except Rejected as error:
+            await self._find(wanted, run, obstacles)
+        except (Rejected, NotFound) as error:
+            # Not found: what it belongs to, its kind among it, is not there.
             obstacles.rejected[ref] = str(error)
         else:
             self._cache.put(made, own=True)
             log.info("created", run=_name(run), kind=ref.kind, name=ref.name)
+
+    async def _find(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
+        """See whose the object of that name is. One of the run's that lost its label is not watched until it has it."""
+        key = ObjectKey.of(wanted)
+        try:
+            there = await self._cluster.get(key)
+        except NotFound:
+            self._cache.forget(key)
+        else:
+            retains = run.spec.checkpoints.retain == "Always"
+            if not is_of_run(there, uid=run.metadata.uid or "", name=run.metadata.name, retains=retains):
+                obstacles.foreign.add(key.ref)
+                return
+            self._cache.put(there, own=True)
+            if self._cache.get(key) is None:
+                await self._repair(there, wanted, run, obstacles)
+                return
+        raise _Changed(f"{key.kind} {key.name} is there already")
 
     async def _require_no_gang(self, run: TrainingRun) -> None:
         """See for certain that no pod of an earlier attempt lives: two gangs must never write to one storage."""
@@ -271,7 +276,7 @@ class Reconciler:
         try:
             applied = await self._cluster.apply(wanted, uid=observed["metadata"]["uid"])
         except (Conflict, NotFound) as error:
-            self._cache.forget(key)
+            await self._refresh(key)
             raise _Changed(str(error)) from error
         except Rejected as error:
             obstacles.rejected[key.ref] = str(error)
@@ -283,7 +288,9 @@ class Reconciler:
 
     async def _refuse(self, manifest: Manifest, problems: tuple[Problem, ...]) -> None:
         status = status_of_unreadable(manifest, problems, now=self._clock())
-        await self._write_status(manifest, status.model_dump(mode="json", by_alias=True, exclude_none=True))
+        told = status.model_dump(mode="json", by_alias=True, exclude_none=True)
+        # What cannot be read today stays too: attempts and counters are facts, and nobody could tell them again.
+        await self._write_status(manifest, {**(manifest.get("status") or {}), **told})
 
     async def _write_status(self, manifest: Manifest, status: dict[str, Any]) -> Manifest:
         """Write the operator's part of the status where it differs, and return the run as it then stands.
@@ -346,13 +353,17 @@ def _parse(manifest: Manifest) -> TrainingRun:
         raise InvalidResource(tuple(Problem(path="status", message=item["msg"]) for item in error.errors())) from None
 
 
-def _look_again(run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles) -> float | None:
+def _look_again(
+    run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles, *, made: bool
+) -> float | None:
     """Return after how many seconds to look again: what a run waits for is not always watched."""
     waits = [plan.requeue_after] if plan.requeue_after is not None else []
     if len(obstacles):
         waits.append(_OBSTACLE_SECONDS)
-    waits_for_reference = run.spec.code is not None or run.spec.resources.queue_name is not None
-    if waits_for_reference and not plan.objects and plan.status is not None and plan.status.completion_time is None:
+    if made:
+        # Nobody tells of what was made here, and deadlines count from when it was.
+        waits.append(_MADE_SECONDS)
+    if _waits_for_reference(run, plan, belongings):
         waits.append(_REFERENCE_SECONDS)
     if _job_without_pods(run, belongings) is not None:
         waits.append(_PATIENCE.total_seconds())
@@ -382,6 +393,19 @@ def _flavors_of(run: TrainingRun, belongings: Belongings) -> tuple[str, ...]:
 def _priority_classes_of(run: TrainingRun) -> tuple[str, ...]:
     name = run.spec.resources.workload_priority_class
     return (name,) if name is not None and run.spec.resources.queue_name is not None else ()
+
+
+def _code_ref(run: TrainingRun) -> ObjectRef:
+    return ObjectRef(*CONFIG_MAP, names.code_name(run.metadata.name))
+
+
+def _waits_for_reference(run: TrainingRun, plan: Plan, belongings: Belongings) -> bool:
+    """Return whether something that nobody watches may decide how the run goes on: own code, or Kueue's set-up."""
+    if plan.objects or plan.status is None or plan.status.completion_time is not None:
+        return False
+    if run.spec.resources.queue_name is not None:
+        return True
+    return run.spec.code is not None and _code_ref(run) not in belongings.objects
 
 
 def _status_data(plan: Plan) -> dict[str, Any]:

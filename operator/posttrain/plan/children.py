@@ -26,6 +26,8 @@ from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.trainer_pod import Assignment, PodInputs
 from posttrain.plan.types import Manifest, ObjectRef
 
+CLAIM = "v1", "PersistentVolumeClaim"
+
 
 def run_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return what a run has from its acceptance to its end, in apply order."""
@@ -34,7 +36,7 @@ def run_children(situation: Situation) -> tuple[Manifest, ...]:
     if run.spec.access.service_account_name is None:
         children.append(build_service_account(run))
     if run.spec.checkpoints.storage.claim_name is None:
-        children.append(build_claim(run))
+        children.append(build_claim(run, size=_claim_size(situation)))
     children.append(build_network_policy(run))
     if situation.code is not None:
         children.append(build_code_config_map(run, files=situation.code))
@@ -101,6 +103,15 @@ def child_refs(situation: Situation) -> frozenset[ObjectRef]:
     if situation.ask is not None:
         refs.add(workload_ref(situation.name))
     return frozenset(refs)
+
+
+def _claim_size(situation: Situation) -> str:
+    """Return the size of the claim made for the run: a claim that somebody enlarged cannot shrink again."""
+    size = situation.run.spec.checkpoints.storage.size or ""
+    claim = situation.observed.objects.get(ObjectRef(*CLAIM, names.claim_name(situation.name)))
+    spec = (claim or {}).get("spec") or {}
+    there = ((spec.get("resources") or {}).get("requests") or {}).get("storage")
+    return there if there is not None and parse_quantity(there) > parse_quantity(size) else size
 
 
 def _pod_inputs(situation: Situation, *, attempt: int) -> PodInputs:

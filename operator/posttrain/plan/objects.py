@@ -57,7 +57,7 @@ def build_service_account(run: TrainingRun) -> Manifest:
     }
 
 
-def build_claim(run: TrainingRun) -> Manifest:
+def build_claim(run: TrainingRun, *, size: str) -> Manifest:
     """Return the claim made for the run; a retained one is labelled with the run and not owned by it."""
     name = run.metadata.name
     storage = run.spec.checkpoints.storage
@@ -67,7 +67,7 @@ def build_claim(run: TrainingRun) -> Manifest:
         del metadata["ownerReferences"]
     spec: dict[str, Any] = {
         "accessModes": [mode],
-        "resources": {"requests": {"storage": storage.size}},
+        "resources": {"requests": {"storage": size}},
     }
     if storage.storage_class_name is not None:
         spec["storageClassName"] = storage.storage_class_name

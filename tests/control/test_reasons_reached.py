@@ -1,0 +1,435 @@
+"""Every reason of the catalogue is reached from facts in the cluster, through the reconciler.
+
+Each case says what happens in the cluster; the reason must then stand in a condition or in the failure. The last test
+compares what was reached with the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from posttrain.api.reasons import REASONS
+from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, Started
+from posttrain.contract.result import Result
+from posttrain.control.kinds import CLAIM, KUEUE, PYTORCHJOB, WORKLOAD
+from posttrain.control.port import Rejected
+from tests.support.bench import Bench
+from tests.support.builders import rfc3339
+
+Happens = Callable[[Bench], None]
+STARTED = Started(world_size=1, max_steps=20, resumed_from_step=0)
+NEVER_AGAIN = {"maxInfrastructureRestarts": 0, "maxApplicationRestarts": 0}
+
+UNREACHED = {
+    "Restarting": "the stage says it; no condition has it as its reason",
+}
+"""Reasons that no facts lead to, and why."""
+
+
+def reasons_of(bench: Bench) -> set[str]:
+    """Return every reason that the run's status gives."""
+    status = bench.status
+    given = {condition.reason for condition in status.conditions or ()}
+    return given | ({status.failure.reason} if status.failure else set())
+
+
+# --- What happens ----------------------------------------------------------------------------------------------------
+
+
+def starts(bench: Bench, **spec: Any) -> None:
+    """Let a gang be made, with its pods waiting."""
+    bench.submit(**spec)
+    bench.settle()
+    bench.others.make_pods()
+    bench.settle()
+
+
+def trains(bench: Bench, **spec: Any) -> None:
+    """Let a gang train."""
+    starts(bench, **spec)
+    bench.others.run_pods(1)
+    bench.others.tell(STARTED, attempt=1)
+    bench.settle()
+
+
+def gang_says(reason: str, *, exit_code: int) -> Happens:
+    """Let a pod fail, with a reason in its termination message."""
+
+    def happens(bench: Bench) -> None:
+        trains(bench)
+        bench.others.fail_gang(1, exit_code=exit_code, result=Result(reason=reason, message="as it says"))
+
+    return happens
+
+
+def rank_reports(reason: str) -> Happens:
+    """Let a rank report its error as a fact; its pod ends with code 1 and no words."""
+
+    def happens(bench: Bench) -> None:
+        trains(bench)
+        error = FirstError(rank=0, time=bench.now, reason=reason, message="as it says")
+        bench.others.tell(error, attempt=1)
+        bench.others.fail_gang(1, exit_code=1)
+
+    return happens
+
+
+def prepare_finds(reason: str) -> Happens:
+    """Let prepare fail with one problem."""
+
+    def happens(bench: Bench) -> None:
+        bench.submit(prepare={"enabled": True})
+        bench.settle()
+        pod = bench.others.make_prepare_pod()
+        bench.others.tell(PrepareResult(problems=(f"{reason}: as it says",)), attempt=0, source="prepare")
+        bench.others.end_pod(pod, exit_code=2, result=Result(reason=reason, message="as it says"))
+        bench.others.end_prepare("Failed")
+
+    return happens
+
+
+def pod_has(**status: Any) -> Happens:
+    """Let a pod that waits have this status."""
+
+    def happens(bench: Bench) -> None:
+        starts(bench)
+        bench.others.set_pod_status("demo-a1-master-0", **status)
+
+    return happens
+
+
+def pod_is_lost(**status: Any) -> Happens:
+    """Let a running pod fail with this status."""
+
+    def happens(bench: Bench) -> None:
+        trains(bench)
+        bench.others.set_pod_status("demo-a1-master-0", phase="Failed", **status)
+        bench.others.end_job(1, "Failed")
+
+    return happens
+
+
+def ends_with(code: int) -> Happens:
+    """Let a pod end with a code and no words."""
+
+    def happens(bench: Bench) -> None:
+        trains(bench)
+        bench.others.fail_gang(1, exit_code=code)
+
+    return happens
+
+
+def in_progress(bench: Bench) -> None:
+    starts(bench)
+
+
+def pending(bench: Bench) -> None:
+    bench.submit(colour="blue")
+
+
+def preparing(bench: Bench) -> None:
+    bench.submit(prepare={"enabled": True})
+
+
+def prepared(bench: Bench) -> None:
+    preparing(bench)
+    bench.settle()
+    bench.others.tell(PrepareResult(), attempt=0, source="prepare")
+    bench.others.end_prepare()
+
+
+def dry_run(bench: Bench) -> None:
+    bench.submit(prepare={"dryRun": True})
+    bench.settle()
+    bench.others.tell(PrepareResult(), attempt=0, source="prepare")
+    bench.others.end_prepare()
+
+
+def completed(bench: Bench) -> None:
+    trains(bench)
+    bench.others.complete_gang(1, result=Result(reason="Completed", message="done"))
+
+
+def suspended(bench: Bench) -> None:
+    trains(bench)
+    bench.others.change_run(suspend=True)
+
+
+def spec_invalid(bench: Bench) -> None:
+    bench.submit(sft={"args": {"learning_rat": 0.1}})
+
+
+def spec_changed(bench: Bench) -> None:
+    trains(bench)
+    bench.others.change_run(sft={"args": {"max_steps": 21}})
+
+
+def name_taken(bench: Bench) -> None:
+    bench.submit()
+    metadata = {"name": "demo", "namespace": "team"}
+    bench.cluster.put({"apiVersion": CLAIM[0], "kind": CLAIM[1], "metadata": metadata, "spec": {}})
+
+
+def child_refused(bench: Bench) -> None:
+    bench.submit()
+    bench.port.refuse = lambda call: Rejected("exceeded quota") if call.kind == PYTORCHJOB else None
+
+
+def code_is_missing(bench: Bench) -> None:
+    bench.submit(code={"configMapName": "my-code"})
+
+
+def deadline_passes(bench: Bench) -> None:
+    trains(bench, activeDeadlineSeconds=600)
+    bench.wait(601)
+
+
+def pending_deadline_passes(bench: Bench) -> None:
+    starts(bench, pendingDeadlineSeconds=600)
+    bench.wait(601)
+
+
+def budget_is_spent(bench: Bench) -> None:
+    trains(bench, restarts={"maxInfrastructureRestarts": 1})
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    bench.others.make_pods()
+    bench.others.run_pods(2)
+    bench.settle()
+    bench.others.fail_gang(2, exit_code=138)
+
+
+def nothing_is_heard(bench: Bench) -> None:
+    trains(bench)
+    bench.wait(3601)
+
+
+def loss_is_no_number(bench: Bench) -> None:
+    trains(bench)
+    bench.others.tell(NonFinite(metric="loss", step=7), attempt=1)
+
+
+def container_is_killed_for_memory(bench: Bench) -> None:
+    trains(bench)
+    bench.others.end_pod("demo-a1-master-0", exit_code=137, terminated_reason="OOMKilled")
+    bench.others.end_job(1, "Failed")
+
+
+def pod_is_deleted(bench: Bench) -> None:
+    trains(bench)
+    bench.others.remove_pod("demo-a1-master-0")
+
+
+def job_is_deleted(bench: Bench) -> None:
+    trains(bench)
+    bench.others.delete(PYTORCHJOB, "demo-a1")
+
+
+def scheduler_says(message: str) -> Happens:
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    return pod_has(conditions=[condition])
+
+
+# --- What Kueue answers ----------------------------------------------------------------------------------------------
+
+QUEUE = {"gpusPerNode": 0, "cpu": "2", "memory": "4Gi", "queueName": "team-a"}
+RESERVED = {"type": "QuotaReserved", "status": "True", "reason": "QuotaReserved", "message": ""}
+ADMITTED = {"type": "Admitted", "status": "True", "reason": "Admitted", "message": ""}
+
+
+def queues(bench: Bench) -> None:
+    bench.submit(resources=QUEUE)
+    bench.settle()
+
+
+def kueue_says(*conditions: dict[str, Any], flavor: str = "cpu", active: bool = True, **assigned: Any) -> Happens:
+    """Let Kueue write these conditions into the run's Workload, with an assignment of the flavor."""
+
+    def happens(bench: Bench) -> None:
+        if bench.others.find(WORKLOAD, "demo") is None:
+            bench.cluster.put({"apiVersion": KUEUE, "kind": "ResourceFlavor", "metadata": {"name": "cpu"}, "spec": {}})
+            queues(bench)
+        workload = bench.others.find(WORKLOAD, "demo")
+        assert workload is not None
+        told = [{**condition, "lastTransitionTime": rfc3339(bench.now)} for condition in conditions]
+        pod_set = {"name": "trainer", "flavors": {"cpu": flavor}, **assigned}
+        admission = {"clusterQueue": "cq", "podSetAssignments": [pod_set]}
+        spec = {**workload["spec"], "active": active}
+        bench.cluster.put({**workload, "spec": spec, "status": {"conditions": told, "admission": admission}})
+        bench.settle()
+
+    return happens
+
+
+def evicted(reason: str, **how: Any) -> Happens:
+    """Let Kueue admit the run, its gang start, and Kueue want the quota back."""
+
+    def happens(bench: Bench) -> None:
+        kueue_says(RESERVED, ADMITTED)(bench)
+        bench.others.make_pods()
+        bench.settle()
+        bench.others.run_pods(1)
+        bench.settle()
+        eviction = {"type": "Evicted", "status": "True", "reason": reason, "message": "another run comes first"}
+        kueue_says(RESERVED, ADMITTED, eviction, **how)(bench)
+
+    return happens
+
+
+def kueue_is_missing(bench: Bench) -> None:
+    bench.cluster.missing_kinds = frozenset({WORKLOAD})
+    bench.start()
+    queues(bench)
+
+
+def job_event(message: str) -> Happens:
+    """Let the training operator say why it makes no pods."""
+
+    def happens(bench: Bench) -> None:
+        bench.submit()
+        bench.settle()
+        job = bench.others.job(1)
+        assert job is not None
+        about = {"kind": "PyTorchJob", "name": "demo-a1", "uid": job["metadata"]["uid"]}
+        bench.cluster.put(
+            {
+                "apiVersion": "v1",
+                "kind": "Event",
+                "metadata": {"name": "demo-a1.1", "namespace": "team"},
+                "involvedObject": about,
+                "type": "Warning",
+                "reason": "FailedCreatePod",
+                "message": message,
+                "lastTimestamp": rfc3339(bench.now),
+            }
+        )
+        bench.wait(60)
+
+    return happens
+
+
+DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
+PULL = {"name": "pytorch", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
+
+CASES: list[tuple[str, Happens]] = [
+    # On the way
+    ("Pending", pending),
+    ("InProgress", in_progress),
+    ("Accepted", in_progress),
+    ("PodsStarting", in_progress),
+    ("PrepareDisabled", in_progress),
+    ("Preparing", preparing),
+    ("Prepared", prepared),
+    ("DryRun", dry_run),
+    ("AllPodsRunning", trains),
+    ("Suspended", suspended),
+    ("Completed", completed),
+    # The spec and what it refers to
+    ("InvalidSpec", spec_invalid),
+    ("InvalidSpec", pending),
+    ("SpecChanged", spec_changed),
+    ("NameConflict", name_taken),
+    ("ChildRejected", child_refused),
+    ("ReferencePending", code_is_missing),
+    # Prepare
+    *(
+        (reason, prepare_finds(reason))
+        for reason in (
+            "ModelNotFound", "DatasetNotFound", "PrepareFailed", "DatasetColumnMissing", "DatasetColumnsDiffer",
+            "DatasetRowsInvalid", "DatasetEmpty", "TokenizerMissing", "ChatTemplateMissing", "UnsafeWeights",
+            "GatedModel", "HubAuthenticationFailed", "HubUnreachable", "PackageMissing", "CodeImportFailed",
+            "BatchNotDivisible", "EstimateExceedsMemory", "ConfigInvalid", "StorageHoldsAnotherRun",
+        )
+    ),
+    # Waiting
+    ("Unschedulable", scheduler_says("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")),
+    ("VolumePending", scheduler_says("pod has unbound immediate PersistentVolumeClaims")),
+    ("ImagePullFailed", pod_has(containerStatuses=[PULL])),
+    ("QuotaExceeded", job_event('pods "demo-a1-master-0" is forbidden: exceeded quota: team, requested: cpu=2')),
+    ("PodsNotCreated", job_event("admission webhook denied the request: no host network")),
+    # Quota
+    ("NoQueue", in_progress),
+    ("KueueMissing", kueue_is_missing),
+    ("QuotaPending", queues),
+    ("QueueUnavailable", kueue_says({**RESERVED, "status": "False", "reason": "Inadmissible", "message": "no queue"})),
+    ("QuotaReserved", kueue_says(RESERVED, ADMITTED)),
+    ("FlavorMissing", kueue_says(RESERVED, ADMITTED, flavor="gone")),
+    ("TopologyUnsupported", kueue_says(RESERVED, ADMITTED, topologyAssignment={"levels": ["host"], "domains": []})),
+    ("Preempted", evicted("Preempted")),
+    ("QuotaLost", evicted("PodsReadyTimeout")),
+    ("WorkloadDeactivated", evicted("Deactivated", active=False)),
+    # Ends that the operator finds itself
+    ("DeadlineExceeded", deadline_passes),
+    ("PendingDeadlineExceeded", pending_deadline_passes),
+    ("RestartBudgetSpent", budget_is_spent),
+    ("ProgressStalled", nothing_is_heard),
+    ("NonFiniteLoss", loss_is_no_number),
+    ("HostOutOfMemory", container_is_killed_for_memory),
+    ("PodDeleted", pod_is_deleted),
+    ("JobDeleted", job_is_deleted),
+    ("NodeLost", pod_is_lost(reason="NodeLost", message="node-0 is unresponsive")),
+    ("NodeLost", pod_is_lost(conditions=[{**DISRUPTED, "reason": "DeletionByPodGC"}])),
+    ("Evicted", pod_is_lost(reason="Evicted", message="the node was low on memory")),
+    ("Evicted", pod_is_lost(conditions=[DISRUPTED])),
+    ("ConfigInvalid", ends_with(2)),
+    ("RankKilled", ends_with(137)),
+    ("RankKilled", ends_with(138)),
+    ("RankCrashed", ends_with(139)),
+    ("Terminated", ends_with(143)),
+    ("TrainingFailed", ends_with(1)),
+    # Ends that the workload gives, in its termination message or as a fact
+    *(
+        (reason, gang_says(reason, exit_code=code))
+        for reason, code in (
+            ("CudaOutOfMemory", 1), ("HostOutOfMemory", 1), ("NcclTimeout", 138), ("PeerLost", 138),
+            ("RankCrashed", 1), ("WorldSizeMismatch", 1), ("StrategyMismatch", 1), ("CheckpointCorrupt", 1),
+            ("CheckpointUnusable", 2), ("StorageHoldsAnotherRun", 2), ("CodeImportFailed", 2), ("ConfigInvalid", 2),
+            ("DiskFull", 1), ("NonFiniteLoss", 1), ("TrainingFailed", 1),
+        )
+    ),
+    *(
+        (reason, rank_reports(reason))
+        for reason in ("CudaOutOfMemory", "WorldSizeMismatch", "StrategyMismatch", "CheckpointCorrupt", "DiskFull")
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reason", "happens"),
+    CASES,
+    ids=[f"{number}-{reason}" for number, (reason, _) in enumerate(CASES)],
+)
+def test_a_reason_is_reached_from_facts_in_the_cluster(reason: str, happens: Happens) -> None:
+    bench = Bench()
+    happens(bench)
+    bench.settle()
+
+    assert reason in reasons_of(bench)
+    for condition in bench.status.conditions or ():
+        assert condition.reason in REASONS
+        assert condition.message
+
+
+def test_a_word_that_no_catalogue_explains_never_becomes_a_reason() -> None:
+    bench = Bench()
+    gang_says("SomethingNew", exit_code=1)(bench)
+    bench.settle()
+
+    failure = bench.status.failure
+    assert failure is not None
+    assert (failure.reason, failure.message) == (
+        "TrainingFailed",
+        "attempt 1, pod demo-a1-master-0 on node node-0: as it says (exit code 1)",
+    )
+
+
+def test_every_reason_of_the_catalogue_is_reached_or_it_is_said_why_not() -> None:
+    reached = {reason for reason, _ in CASES}
+
+    assert reached | UNREACHED.keys() == REASONS.keys()
+    assert not reached & UNREACHED.keys()

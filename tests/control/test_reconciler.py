@@ -1,0 +1,927 @@
+"""What the reconciler asks of the API server, and what it makes of the answers."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from posttrain.api.conditions import TRAINING_RUN_CONDITIONS
+from posttrain.contract.facts import CheckpointSaved, PrepareResult, Started
+from posttrain.contract.result import Result
+from posttrain.control.kinds import (
+    CLAIM,
+    CONFIG_MAP,
+    EVENT,
+    JOB,
+    NETWORK_POLICY,
+    POD,
+    PYTORCHJOB,
+    SERVICE_ACCOUNT,
+    TRAINING_RUN,
+    Kind,
+)
+from posttrain.control.port import Conflict, ObjectKey, Rejected, Unavailable
+from posttrain.plan.types import Manifest
+from tests.support.bench import Bench
+from tests.support.faults import Call, Crash, Fault
+
+CHILDREN = ["ServiceAccount demo", "PersistentVolumeClaim demo", "NetworkPolicy demo"]
+STARTED = Started(world_size=1, max_steps=20, resumed_from_step=0)
+_PATIENCE_SECONDS = 30
+"""After which the events of a job that makes no pods are read, again and again."""
+COMPLETED = Result(reason="Completed", message="20 of 20 steps", artifacts={"model": "pvc://demo/demo/final"})
+
+
+def key(kind: Kind, name: str = "demo") -> ObjectKey:
+    return ObjectKey(*kind, "team", name)
+
+
+def child(bench: Bench, kind: Kind, name: str = "demo") -> Manifest:
+    found = bench.others.find(kind, name)
+    assert found is not None, f"{kind[1]} {name} is there"
+    return found
+
+
+def run_gang(bench: Bench, attempt: int = 1) -> None:
+    """Let the gang of an attempt be made, run and report."""
+    bench.settle()
+    bench.others.make_pods()
+    bench.others.run_pods(attempt)
+    bench.settle()
+    bench.others.tell(STARTED, attempt=attempt)
+    bench.settle()
+    assert bench.status.stage == "Training"
+
+
+def foreign(kind: Kind, name: str = "demo", **fields: Any) -> Manifest:
+    metadata = {"name": name, "namespace": "team", "labels": {"made-by": "hand"}}
+    return {"apiVersion": kind[0], "kind": kind[1], "metadata": metadata, **fields}
+
+
+# --- A whole run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_from_prepare_over_an_attempt_to_its_end_with_one_write_for_each_thing_that_happens() -> None:
+    bench = Bench()
+    bench.submit(prepare={"enabled": True})
+    stages = []
+
+    def happens() -> list[str]:
+        bench.wait(30)
+        bench.port.clear()
+        bench.settle()
+        stages.append(bench.status.stage)
+        assert [call.text for call in bench.port.calls if call.method == "get"] == []
+        return bench.port.writes()
+
+    assert happens() == [
+        *(f"create {name}" for name in CHILDREN),
+        "create ConfigMap demo-prepare",
+        "create Job demo-prepare",
+        "apply_status TrainingRun demo",
+    ]
+    bench.others.make_prepare_pod()
+    assert happens() == []
+    bench.others.tell(PrepareResult(), attempt=0, source="prepare")
+    bench.others.end_prepare()
+    assert happens() == [
+        "apply_status TrainingRun demo",  # attempt 1 is counted before anything is made of it
+        "create ConfigMap demo-a1",
+        "create PyTorchJob demo-a1",
+        "apply_status TrainingRun demo",
+    ]
+    bench.others.make_pods()
+    assert happens() == []
+    bench.others.run_pods(1)
+    assert happens() == ["apply_status TrainingRun demo"]
+    bench.others.tell(STARTED, attempt=1)
+    assert happens() == ["apply_status TrainingRun demo"]
+    bench.others.tell(attempt=1, step=7)
+    assert happens() == []
+    bench.others.tell(CheckpointSaved(step=5, uri="pvc://demo/c", bytes=1, digest="0"), attempt=1)
+    assert happens() == ["apply_status TrainingRun demo"]
+    bench.others.complete_gang(1, result=COMPLETED)
+    assert happens() == ["apply_status TrainingRun demo"]
+    assert happens() == []
+
+    assert stages == [
+        "Preparing", "Preparing", "Starting", "Starting", "Starting",
+        "Training", "Training", "Training", "Succeeded", "Succeeded",
+    ]  # fmt: skip
+    status = bench.status
+    assert (status.attempt, status.model and status.model.uri) == (1, "pvc://demo/demo/final")
+    assert [(c.type, c.status, c.reason) for c in status.conditions or ()] == [
+        ("Accepted", "True", "Accepted"),
+        ("Prepared", "True", "Prepared"),
+        ("QuotaReserved", "True", "NoQueue"),
+        ("PodsReady", "False", "Completed"),
+        ("Succeeded", "True", "Completed"),
+        ("Finished", "True", "Completed"),
+        ("Ready", "True", "Completed"),
+        ("Stalled", "False", "Completed"),
+    ]
+    assert bench.events() == [
+        "Accepted: The spec is valid and its references resolve.",
+        "Prepared: Checks passed, inputs fetched.",
+        "AllPodsRunning: Every pod of the gang runs.",
+        "Completed: 20 of 20 steps",
+    ]
+
+
+def test_nothing_is_asked_or_written_where_nothing_changed() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.port.clear()
+    for _ in range(5):
+        bench.look()
+
+    assert bench.port.calls == []
+
+
+def test_a_fresh_process_writes_nothing_about_a_run_that_is_on_its_way() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.start()
+    bench.port.clear()
+    bench.settle()
+
+    assert bench.port.calls == []
+
+
+def test_every_child_is_created_once_and_owned_by_the_run() -> None:
+    bench = Bench()
+    run = bench.submit(checkpoints={"storage": {"size": "10Gi"}, "retain": "Never"})
+    bench.settle()
+
+    owner = {"apiVersion": TRAINING_RUN[0], "kind": TRAINING_RUN[1], "name": "demo", "uid": run["metadata"]["uid"]}
+    created = [body for body in bench.port.sent("create") if body["kind"] != "Event"]
+    assert len(created) == 5
+    for body in created:
+        assert body["metadata"]["ownerReferences"] == [owner | {"controller": True, "blockOwnerDeletion": True}]
+    assert not [call for call in bench.port.calls if call.method in ("get", "list", "apply")]
+
+
+def test_a_status_is_written_under_the_version_that_it_was_planned_from() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.settle()
+    bench.others.make_pods()
+    bench.others.run_pods(1)
+    bench.port.clear()
+    bench.see()
+    before = bench.run["metadata"]
+    bench.look()
+
+    (sent,) = bench.port.sent("apply_status")
+    assert sent["metadata"] == {part: before[part] for part in ("name", "namespace", "uid", "resourceVersion")}
+    assert "progress" not in sent["status"]
+
+
+def test_progress_stays_the_progress_servers() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    before = bench.status.progress
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+
+    assert before is not None
+    assert bench.status.progress == before
+    assert all("progress" not in body["status"] for body in bench.port.sent("apply_status"))
+
+
+def test_conditions_are_complete_from_the_first_status() -> None:
+    bench = Bench()
+    bench.submit(prepare={"enabled": True})
+    bench.look()
+
+    (first,) = bench.port.sent("apply_status")
+    assert [condition["type"] for condition in first["status"]["conditions"]] == list(TRAINING_RUN_CONDITIONS)
+
+
+# --- Children that change --------------------------------------------------------------------------------------------
+
+
+def test_a_child_that_drifted_is_repaired_under_its_uid() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    policy = child(bench, NETWORK_POLICY)
+    opened = deepcopy(policy)
+    opened["spec"]["ingress"] = [{}]
+    opened["metadata"]["labels"]["team"] = "blue"
+    bench.cluster.put(opened)
+    bench.port.clear()
+    bench.settle()
+
+    assert bench.port.writes() == ["apply NetworkPolicy demo"]
+    assert bench.port.sent("apply")[0]["metadata"]["uid"] == policy["metadata"]["uid"]
+    repaired = child(bench, NETWORK_POLICY)
+    assert repaired["spec"] == policy["spec"]
+    assert repaired["metadata"]["labels"]["team"] == "blue", "what others added stays"
+
+
+@pytest.mark.parametrize("kind", [SERVICE_ACCOUNT, CLAIM, NETWORK_POLICY])
+def test_a_child_that_somebody_deleted_comes_back(kind: Kind) -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.others.delete(kind, "demo")
+    bench.port.clear()
+    bench.settle()
+
+    assert bench.port.writes() == [f"create {kind[1]} demo"]
+    assert bench.names(kind) == [f"{kind[1]} demo"]
+
+
+@pytest.mark.parametrize("label", ["posttrain.dev/run", "app.kubernetes.io/managed-by"])
+@pytest.mark.parametrize("kind", [SERVICE_ACCOUNT, CLAIM, NETWORK_POLICY])
+def test_a_child_that_lost_a_label_gets_it_back(kind: Kind, label: str) -> None:
+    bench = Bench()
+    bench.submit(checkpoints={"storage": {"size": "10Gi"}, "retain": "Never"})
+    run_gang(bench)
+    before = child(bench, kind)
+    without = deepcopy(before)
+    del without["metadata"]["labels"][label]
+    bench.cluster.put(without)
+    bench.port.clear()
+    bench.settle()
+
+    assert child(bench, kind)["metadata"]["labels"] == before["metadata"]["labels"]
+    assert child(bench, kind)["metadata"]["uid"] == before["metadata"]["uid"]
+    assert bench.port.writes() == [f"create {kind[1]} demo", f"apply {kind[1]} demo"]
+    bench.port.clear()
+    bench.settle()
+    assert bench.port.calls == []
+
+
+def test_a_retained_claim_that_lost_its_labels_belongs_to_nobody_until_it_has_them_again() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    claim = child(bench, CLAIM)
+    bench.cluster.put({**claim, "metadata": {**claim["metadata"], "labels": {}}})
+    bench.settle()
+    assert bench.says("Accepted") == ("False", "NameConflict")
+    assert "PersistentVolumeClaim demo" in bench.condition("Accepted").message
+
+    bench.cluster.put(claim)
+    bench.wait(31)
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+
+
+def test_a_claim_that_somebody_enlarged_stays_so() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    claim = child(bench, CLAIM)
+    claim["spec"]["resources"]["requests"]["storage"] = "20Gi"
+    bench.cluster.put(claim)
+    bench.port.clear()
+    bench.settle()
+    assert bench.port.writes() == []
+
+    relabelled = child(bench, CLAIM)
+    relabelled["spec"]["accessModes"] = ["ReadWriteMany"]
+    bench.cluster.put(relabelled)
+    bench.settle()
+    assert child(bench, CLAIM)["spec"] == {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": "20Gi"}},
+    }
+
+
+def test_a_live_attempts_job_is_never_rendered_again() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    job = child(bench, PYTORCHJOB, "demo-a1")
+    job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["priorityClassName"] = "high"
+    bench.cluster.put(job)
+    bench.settings = bench.settings.model_copy(update={"termination_grace_seconds": 5})
+    bench.start()
+    bench.port.clear()
+    bench.settle()
+
+    assert bench.port.writes() == []
+
+
+def test_an_attempts_config_that_somebody_deleted_comes_back() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    data = child(bench, CONFIG_MAP, "demo-a1")["data"]
+    bench.others.delete(CONFIG_MAP, "demo-a1")
+    bench.port.clear()
+    bench.settle()
+
+    assert bench.port.writes() == ["create ConfigMap demo-a1"]
+    assert child(bench, CONFIG_MAP, "demo-a1")["data"] == data
+
+
+def test_a_job_that_somebody_deleted_ends_its_attempt_and_another_follows_when_its_pods_are_gone() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.others.delete(PYTORCHJOB, "demo-a1")
+    bench.settle()
+    failure, restarts = bench.status.failure, bench.status.restarts
+    assert failure is not None
+    assert (failure.reason, failure.attempt, bench.status.attempt) == ("JobDeleted", 1, 2)
+    assert restarts is not None
+    assert (restarts.infrastructure, restarts.application) == (1, 0)
+    assert bench.names(PYTORCHJOB) == [], "the pod of attempt 1 lives"
+
+    bench.others.finish_deletions()
+    bench.settle()
+    assert bench.names(PYTORCHJOB, CONFIG_MAP) == ["PyTorchJob demo-a2", "ConfigMap demo-a2"]
+
+
+def test_a_gang_that_nobody_makes_has_its_deadline_from_the_moment_that_its_job_was_made() -> None:
+    bench = Bench()
+    bench.submit(pendingDeadlineSeconds=100)
+    # Only what the operator asks for itself: no controller ever touches the job.
+    assert bench.settle() == _PATIENCE_SECONDS
+    bench.wait(_PATIENCE_SECONDS)
+    assert bench.settle() == _PATIENCE_SECONDS
+    bench.wait(100 - _PATIENCE_SECONDS)
+    bench.settle()
+
+    assert bench.says("Succeeded") == ("False", "PendingDeadlineExceeded")
+
+
+def test_a_gang_that_failed_is_replaced_by_a_whole_new_one() -> None:
+    bench = Bench()
+    bench.submit(resources={"numNodes": 2, "gpusPerNode": 0})
+    run_gang(bench)
+    bench.others.fail_gang(1, exit_code=138, node=1)
+    bench.settle()
+    assert (bench.status.attempt, bench.names(PYTORCHJOB)) == (2, []), "the other pod of the gang still ends"
+
+    bench.others.finish_deletions()
+    bench.settle()
+    assert bench.names(PYTORCHJOB, CONFIG_MAP) == ["PyTorchJob demo-a2", "ConfigMap demo-a2"]
+    assert bench.events()[-1].startswith("RankKilled: attempt 1, pod demo-a1-worker-0")
+
+
+def test_a_pod_that_only_a_live_list_shows_holds_the_new_gang_back() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.others.finish_deletions()
+    bench.see()
+    # The training operator made it just before its job was deleted, and the watch has not told of it yet.
+    old = child(bench, POD, "demo-a1-master-0")
+    metadata = {part: old["metadata"][part] for part in ("namespace", "labels")} | {"name": "demo-a1-worker-9"}
+    late = bench.cluster.put({**old, "metadata": metadata, "status": {"phase": "Running"}})
+    bench.port.clear()
+    for _ in range(4):
+        bench.see(TRAINING_RUN, PYTORCHJOB)
+        bench.reconcile()
+    assert bench.status.attempt == 2
+    assert bench.names(PYTORCHJOB) == []
+    listed = [call.body["label_selector"] for call in bench.port.calls if call.text == "list Pod"]
+    assert listed == ["posttrain.dev/run=demo,posttrain.dev/role=trainer"]
+
+    bench.others.remove_pod(late["metadata"]["name"])
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a2"]
+
+
+# --- Obstacles -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        foreign(CONFIG_MAP, "demo-a1", data={"config.json": "{}"}),
+        foreign(CLAIM, spec={"accessModes": ["ReadOnlyMany"]}),
+        foreign(SERVICE_ACCOUNT),
+    ],
+    ids=lambda manifest: str(manifest["kind"]),
+)
+def test_an_object_that_somebody_made_meanwhile_is_never_touched_and_told_of_once(there: Manifest) -> None:
+    bench = Bench()
+    bench.submit()
+    bench.see()
+    before = bench.cluster.put(there)  # after the look at the cluster, before the write
+    bench.settle()
+
+    assert bench.says("Accepted") == ("False", "NameConflict")
+    assert bench.says("Stalled") == ("True", "NameConflict")
+    name = f"{there['kind']} {there['metadata']['name']}"
+    assert bench.condition("Accepted").message.startswith(f"{name} exists and does not belong to this run")
+    versions, told = bench.run["metadata"]["resourceVersion"], bench.events()
+    for _ in range(10):
+        bench.wait(31)
+        again = bench.settle()
+        assert again == 30
+    assert bench.run["metadata"]["resourceVersion"] == versions, "the status does not flap"
+    assert bench.events() == told
+
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.settle()
+    assert bench.cluster.objects((there["apiVersion"], there["kind"])) == [before]
+
+
+def test_a_run_goes_on_when_what_stood_in_its_way_is_removed() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.cluster.put(foreign(CONFIG_MAP, "demo-a1"))
+    bench.settle()
+    assert bench.says("Accepted") == ("False", "NameConflict")
+    bench.others.delete(CONFIG_MAP, "demo-a1")
+    bench.settle()
+    assert bench.says("Accepted") == ("False", "NameConflict"), "nobody tells of what bears no label"
+
+    bench.wait(31)
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names() == ["PyTorchJob demo-a1", "ConfigMap demo-a1", *(CHILDREN)]
+
+
+def test_an_object_that_bears_the_label_and_no_owner_stands_in_the_way_until_it_is_removed() -> None:
+    bench = Bench()
+    bench.submit()
+    by_hand = foreign(CONFIG_MAP, "demo-a1")
+    by_hand["metadata"]["labels"] = {"app.kubernetes.io/managed-by": "posttrain", "posttrain.dev/run": "demo"}
+    before = bench.cluster.put(by_hand)
+    bench.settle()
+    assert bench.says("Accepted") == ("False", "NameConflict")
+    assert child(bench, CONFIG_MAP, "demo-a1") == before
+    assert not bench.names(PYTORCHJOB)
+
+    bench.others.delete(CONFIG_MAP, "demo-a1")
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+
+
+def test_a_run_that_ended_meanwhile_is_complete_although_something_stands_in_its_way() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.others.delete(SERVICE_ACCOUNT, "demo")
+    bench.cluster.put(foreign(SERVICE_ACCOUNT))
+    bench.settle()
+    assert bench.says("Accepted") == ("False", "NameConflict")
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.wait(31)
+    bench.settle()
+
+    assert bench.says("Succeeded") == ("True", "Completed")
+
+
+def refuse(kind: Kind, words: str) -> Any:
+    def answer(call: Call) -> BaseException | None:
+        return Rejected(words) if call.kind == kind and call.method in ("create", "apply") else None
+
+    return answer
+
+
+def test_a_child_that_the_server_refuses_is_told_in_its_words_and_tried_again_now_and_then() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.port.refuse = refuse(CLAIM, 'exceeded quota: storage, requested: 10Gi, limited: "5Gi"')
+    again = bench.settle()
+
+    assert again == 30
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert bench.says("Succeeded") == ("False", "ChildRejected")
+    message = bench.condition("Accepted").message
+    assert message == 'PersistentVolumeClaim demo was refused: exceeded quota: storage, requested: 10Gi, limited: "5Gi"'
+    told, version = bench.events(), bench.run["metadata"]["resourceVersion"]
+    bench.port.clear()
+    for _ in range(3):
+        bench.look()
+    assert bench.port.calls == [], "a look meanwhile tries nothing"
+    for _ in range(10):
+        bench.wait(31)
+        bench.settle()
+    assert [text for text in bench.port.writes() if "PersistentVolumeClaim" not in text] == []
+    assert len(bench.port.writes()) == 10
+    assert (bench.events(), bench.run["metadata"]["resourceVersion"]) == (told, version)
+
+    bench.port.refuse = lambda call: None
+    bench.wait(31)
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+def test_everything_that_is_refused_is_named_at_once() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.port.refuse = lambda call: Rejected("denied by policy") if call.kind in (CLAIM, NETWORK_POLICY) else None
+    bench.settle()
+
+    assert bench.condition("Accepted").message == (
+        "NetworkPolicy demo was refused: denied by policy\nPersistentVolumeClaim demo was refused: denied by policy"
+    )
+
+
+def test_a_repair_that_the_server_refuses_is_told_as_well() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    policy = child(bench, NETWORK_POLICY)
+    policy["spec"]["ingress"] = [{}]
+    bench.cluster.put(policy)
+    bench.port.refuse = refuse(NETWORK_POLICY, "denied by policy")
+    bench.settle()
+
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert bench.condition("Accepted").message == "NetworkPolicy demo was refused: denied by policy"
+
+
+def test_a_cluster_without_the_training_operator_is_told_to_the_user() -> None:
+    bench = Bench(missing_kinds=frozenset({PYTORCHJOB}))
+    bench.submit()
+    bench.settle()
+
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert "PyTorchJob demo-a1 was refused: the server has no kubeflow.org/v1" in bench.condition("Accepted").message
+    bench.cluster.missing_kinds = frozenset()
+    bench.wait(31)
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+# --- The server fails ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("error", [Unavailable("timeout", retry_after=3), Crash()], ids=["unavailable", "crash"])
+def test_whichever_call_of_a_start_breaks_the_run_ends_up_the_same(when: Any, error: BaseException) -> None:
+    undisturbed = Bench()
+    undisturbed.submit()
+    undisturbed.settle()
+    for number in range(len(undisturbed.port.calls)):
+        bench = Bench()
+        bench.submit()
+        bench.port.faults.extend([*[None] * number, Fault(when=when, error=error)])
+        with suppress(Unavailable, Crash):
+            bench.settle()
+        assert not bench.port.faults
+        if isinstance(error, Crash):
+            bench.start()
+        bench.settle()
+
+        assert bench.names() == undisturbed.names()
+        assert (bench.status.attempt, bench.status.stage) == (1, "Starting")
+        assert bench.status == undisturbed.status
+
+
+def test_an_answer_that_the_server_owes_is_the_queues_to_wait_for() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.port.faults.append(Fault(when="before", error=Unavailable("overloaded", retry_after=7)))
+
+    with pytest.raises(Unavailable) as raised:
+        bench.look()
+    assert raised.value.retry_after == 7
+
+
+def test_whoever_wrote_in_between_wins_and_is_planned_with() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.see()
+    bench.others.change_run(suspend=True)
+    bench.port.clear()
+    bench.reconcile()
+
+    assert [call.text for call in bench.port.calls][:2] == ["apply_status TrainingRun demo", "get TrainingRun demo"]
+    restarts = bench.status.restarts
+    assert restarts is not None
+    assert (restarts.infrastructure, bench.status.attempt, bench.status.stage) == (0, 2, "Suspended")
+
+
+def test_a_run_that_never_stands_still_is_left_to_the_queue() -> None:
+    bench = Bench()
+    bench.submit()
+
+    def somebody_writes(call: Call) -> BaseException | None:
+        if call.method == "apply_status":
+            bench.others.change_run(ttlSecondsAfterFinished=len(bench.port.calls))
+        return None
+
+    bench.port.refuse = somebody_writes
+    with pytest.raises(Conflict, match="team/demo changed 5 times"):
+        bench.look()
+    bench.port.refuse = lambda call: None
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+def test_a_child_that_was_made_anew_by_somebody_is_not_repaired_under_the_old_uid() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    policy = child(bench, NETWORK_POLICY)
+    policy["spec"]["ingress"] = [{}]
+    bench.cluster.put(policy)
+    bench.see()
+    bench.others.delete(NETWORK_POLICY, "demo")
+    before = bench.cluster.put(foreign(NETWORK_POLICY))
+    bench.reconcile()
+
+    assert child(bench, NETWORK_POLICY) == before
+    assert bench.says("Accepted") == ("False", "NameConflict")
+
+
+def test_a_conflict_does_not_hide_an_object_that_is_still_the_same() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    policy = child(bench, NETWORK_POLICY)
+    policy["spec"]["ingress"] = [{}]
+    bench.cluster.put(policy)
+    bench.port.faults.append(Fault(when="before", error=Conflict("the object has been modified")))
+    bench.settle()
+
+    assert child(bench, NETWORK_POLICY)["spec"]["ingress"] != [{}]
+    bench.others.delete(NETWORK_POLICY, "demo")
+    bench.settle()
+    assert bench.names(NETWORK_POLICY) == ["NetworkPolicy demo"]
+
+
+# --- Runs that come and go -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_being_deleted_is_left_alone() -> None:
+    bench = Bench()
+    run = bench.submit()
+    run["metadata"]["deletionTimestamp"] = "2026-03-01T09:00:00Z"
+    run["metadata"]["finalizers"] = ["somebody/else"]
+    bench.cluster.put(run)
+
+    assert bench.settle() is None
+    assert bench.port.calls == []
+
+
+def test_a_run_that_is_gone_is_nothing_to_look_at() -> None:
+    bench = Bench()
+
+    assert bench.settle() is None
+    assert bench.port.calls == []
+
+
+def test_a_run_that_goes_while_it_is_looked_at_leaves_nothing_but_its_claim() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.see()
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.reconcile()
+    bench.settle()
+
+    assert bench.names() == []
+
+
+def test_what_the_predecessor_of_the_same_name_left_is_waited_for() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    pod = child(bench, POD, "demo-a1-master-0")
+    bench.wait(60)
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.wait(1)
+    bench.submit()
+    bench.port.clear()
+    assert bench.look() == 2
+    assert bench.port.calls == [], "the old pod still writes to the storage"
+    assert child(bench, POD, "demo-a1-master-0")["metadata"]["uid"] == pod["metadata"]["uid"]
+
+    bench.others.finish_deletions()
+    run_gang(bench)
+    assert bench.status.attempt == 1
+
+
+def test_children_of_the_predecessor_are_not_the_new_runs() -> None:
+    bench = Bench()
+    old = bench.submit(uid="00000000-0000-4000-8000-00000000aaaa")
+    bench.settle()
+    held = child(bench, CONFIG_MAP, "demo-a1")
+    bench.cluster.put({**held, "metadata": {**held["metadata"], "finalizers": ["slow/collector"]}})
+    bench.others.delete(TRAINING_RUN, "demo")
+    run = bench.submit()
+    assert run["metadata"]["uid"] != old["metadata"]["uid"]
+    bench.port.clear()
+    assert bench.look() == 2
+    assert bench.port.calls == []
+
+    gone = child(bench, CONFIG_MAP, "demo-a1")
+    bench.cluster.put({**gone, "metadata": {**gone["metadata"], "finalizers": []}})
+    bench.settle()
+    assert child(bench, CONFIG_MAP, "demo-a1")["metadata"]["ownerReferences"][0]["uid"] == run["metadata"]["uid"]
+
+
+def test_the_claim_of_a_run_that_retained_it_serves_the_next_one_of_its_name() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.settle()
+    claim = child(bench, CLAIM)
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.settle()
+    bench.submit()
+    bench.settle()
+
+    assert child(bench, CLAIM) == claim
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+def test_a_run_is_deleted_when_its_time_after_the_end_is_over() -> None:
+    bench = Bench()
+    bench.submit(ttlSecondsAfterFinished=100)
+    run_gang(bench)
+    bench.others.complete_gang(1, result=COMPLETED)
+    assert bench.settle() == 100
+    bench.wait(98)
+    assert bench.settle() == 2
+    bench.wait(2)
+    bench.port.clear()
+    bench.settle()
+
+    assert bench.port.writes() == ["delete TrainingRun demo"]
+    assert bench.names(TRAINING_RUN, PYTORCHJOB, CONFIG_MAP, CLAIM) == ["PersistentVolumeClaim demo"]
+
+
+# --- What is stored --------------------------------------------------------------------------------------------------
+
+
+def test_a_stored_spec_that_todays_schema_refuses_is_told_by_field_and_not_tried_again() -> None:
+    bench = Bench()
+    bench.submit(restarts={"maxInfrastructureRestarts": "many"}, colour="blue")
+    assert bench.settle() is None
+
+    for type_ in ("Accepted", "Succeeded", "Ready"):
+        assert bench.says(type_) == ("False", "InvalidSpec")
+    assert bench.says("Stalled") == ("True", "InvalidSpec")
+    assert bench.says("PodsReady") == ("Unknown", "Pending")
+    message = bench.condition("Accepted").message
+    assert "spec.restarts.maxInfrastructureRestarts" in message
+    assert "spec.colour" in message
+    assert bench.names() == []
+    bench.port.clear()
+    bench.wait(1000)
+    assert bench.settle() is None
+    assert bench.port.calls == []
+
+
+def test_a_run_whose_spec_is_mended_goes_on_with_what_was_known_of_it() -> None:
+    bench = Bench()
+    run = bench.submit()
+    run_gang(bench)
+    bench.others.change_run(colour="blue")
+    bench.settle()
+    assert bench.says("Accepted") == ("False", "InvalidSpec")
+    assert (bench.status.attempt, bench.status.stage) == (1, "Training")
+    bench.cluster.put({**bench.run, "spec": run["spec"]})
+    bench.settle()
+
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert (bench.status.attempt, bench.status.stage) == (1, "Training")
+
+
+def test_a_stored_status_that_todays_schema_refuses_loses_nothing() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    run = bench.run
+    run["status"]["usage"] = {"gpuSeconds": 17}
+    bench.cluster.put(run)
+    bench.settle()
+
+    status = bench.run["status"]
+    assert status["usage"] == {"gpuSeconds": 17}
+    assert {name: status[name] for name in ("attempt", "restarts", "provenance")} == {
+        name: run["status"][name] for name in ("attempt", "restarts", "provenance")
+    }
+    accepted = next(c for c in status["conditions"] if c["type"] == "Accepted")
+    assert accepted["reason"] == "InvalidSpec"
+    bench.port.clear()
+    bench.settle()
+    assert bench.port.calls == []
+
+
+def test_a_spec_that_cannot_be_carried_out_is_told_by_field() -> None:
+    bench = Bench()
+    bench.submit(sft={"args": {"learning_rat": 0.1}}, resources={"gpusPerNode": 0, "profile": "h200"})
+    assert bench.settle() is None
+
+    assert bench.says("Accepted") == ("False", "InvalidSpec")
+    message = bench.condition("Accepted").message
+    assert "spec.sft.args.learning_rat" in message
+    assert "spec.resources.profile: there is no profile 'h200' here" in message
+
+
+def test_own_code_is_waited_for_and_kept_as_it_was_when_it_came() -> None:
+    bench = Bench()
+    bench.submit(code={"configMapName": "my-code"})
+    assert bench.settle() == 15
+    assert bench.says("Accepted") == ("False", "ReferencePending")
+    assert bench.condition("Accepted").message == "waiting for the code: there is no ConfigMap my-code"
+
+    bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"rewards..math.py": "x = 1\n"}))
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert child(bench, CONFIG_MAP, "demo-code")["data"] == {"rewards..math.py": "x = 1\n"}
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+    bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"rewards..math.py": "x = 2\n"}))
+    bench.port.clear()
+    run_gang(bench)
+    assert child(bench, CONFIG_MAP, "demo-code")["data"] == {"rewards..math.py": "x = 1\n"}
+    assert not [call for call in bench.port.calls if call.method == "get"]
+
+
+def test_code_whose_snapshot_is_gone_and_that_changed_since_is_asked_for_until_it_is_back() -> None:
+    bench = Bench()
+    bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 1\n"}))
+    bench.submit(code={"configMapName": "my-code"})
+    run_gang(bench)
+    bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 2\n"}))
+    bench.others.delete(CONFIG_MAP, "demo-code")
+    assert bench.settle() == 15
+    assert bench.says("Accepted") == ("False", "SpecChanged")
+
+    bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 1\n"}))
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert child(bench, CONFIG_MAP, "demo-code")["data"] == {"a.py": "x = 1\n"}
+
+
+def test_a_run_with_own_code_that_ended_is_not_looked_at_any_more() -> None:
+    bench = Bench()
+    bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 1\n"}))
+    bench.submit(code={"configMapName": "my-code"})
+    run_gang(bench)
+    bench.others.complete_gang(1, result=COMPLETED)
+
+    assert bench.settle() is None
+
+
+# --- Events ----------------------------------------------------------------------------------------------------------
+
+
+def test_events_are_told_once() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    told = bench.events()
+    bench.start()
+    bench.wait(30)
+    bench.settle()
+
+    assert bench.events() == told
+    assert [event.partition(":")[0] for event in told] == ["Accepted", "AllPodsRunning"]
+
+
+def test_an_event_that_cannot_be_written_costs_a_line_and_nothing_else() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.port.refuse = lambda call: Rejected("events is forbidden") if call.kind == EVENT else None
+    run_gang(bench)
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+
+    assert bench.says("Succeeded") == ("True", "Completed")
+    assert bench.events() == []
+
+
+def test_nothing_is_told_before_the_status_stands() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.port.refuse = lambda call: Unavailable("timeout") if call.method == "apply_status" else None
+    with pytest.raises(Unavailable):
+        bench.look()
+
+    assert bench.events() == []
+
+
+# --- Prepare ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_problem_that_prepare_found_ends_the_run_before_any_gang() -> None:
+    bench = Bench()
+    bench.submit(prepare={"enabled": True})
+    bench.settle()
+    pod = bench.others.make_prepare_pod()
+    problem = "DatasetColumnMissing: column `text` is not among a, b"
+    bench.others.tell(PrepareResult(problems=(problem,)), attempt=0, source="prepare")
+    result = Result(reason="DatasetColumnMissing", message="column `text` is not among a, b")
+    bench.others.end_pod(pod, exit_code=2, result=result)
+    bench.others.end_prepare("Failed")
+    bench.settle()
+
+    assert bench.says("Prepared") == bench.says("Succeeded") == ("False", "DatasetColumnMissing")
+    assert bench.says("Finished") == ("True", "DatasetColumnMissing")
+    assert bench.names(PYTORCHJOB) == []
+    assert bench.names(JOB) == ["Job demo-prepare"], "its log is kept"

@@ -22,7 +22,7 @@ from tests.cluster.errors import ClusterError
 from tests.cluster.host_webhooks import apply_objects
 from tests.cluster.images import BUSYBOX
 from tests.cluster.kueue import install_kueue
-from tests.cluster.kwok import MANAGED, build_fake_node, build_kwok, next_names
+from tests.cluster.kwok import PLAYED, build_fake_node, build_kwok, next_names
 from tests.cluster.machine import Machine
 from tests.cluster.node import Node
 from tests.cluster.processes import Process, end_leftovers, poll, tail
@@ -226,7 +226,7 @@ class TestCluster:
 
     def silence_node(self, name: str) -> None:
         """Let nobody play a fake node any more: its pods stay as they are until it is lost. Errors as `kubectl`."""
-        self.kubectl("annotate", "node", name, f"{MANAGED}-")
+        self.kubectl("label", "node", name, f"{PLAYED}-")
 
     def await_json(self, *args: str, until: Any, what: str, seconds: float = NODE_SECONDS) -> Any:
         """Poll `get` until `until` is true of its answer, and return that answer.

@@ -224,6 +224,15 @@ def test_the_custom_resource_and_every_example_are_accepted(cluster: TestCluster
     assert all(re.fullmatch(r"trainingrun\.posttrain\.dev/\S+\n", name) for name in created), created
 
 
+def test_a_folder_with_something_else_in_it_is_left_alone(cluster: TestCluster, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+
+    with pytest.raises(ClusterError, match="would be emptied"):
+        TestCluster.start(tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 START_AND_WAIT = """
 import signal, sys
 from pathlib import Path

@@ -27,6 +27,7 @@ from posttrain.control.kinds import (
     TRAINING_RUN,
     Kind,
 )
+from tests.support.chart_rights import read_rights
 
 ROOT = Path(__file__).parents[2]
 CONTROL = ROOT / "operator" / "posttrain" / "control"
@@ -124,16 +125,13 @@ def group_of(kind: Kind) -> str:
 
 
 def read_roles() -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Return the rules of the chart's roles by their kind and what their name ends with; no rule has an expression."""
-    text = (ROOT / "charts" / "posttrain" / "templates" / "rbac.yaml").read_text()
-    roles = {}
-    for document in text.split("\n---\n"):
-        head, separator, rules = document.partition("\nrules:\n")
-        if separator:
-            kind = head.partition("\nkind: ")[2].partition("\n")[0]
-            name = head.partition('"posttrain.fullname" . }}-')[2].partition("\n")[0]
-            roles[kind, name] = yaml.safe_load(rules.replace('{{ include "posttrain.leaseName" . | quote }}', "LEASE"))
-    return roles
+    """Return the rules of the chart's roles by their kind and what their name ends with."""
+    rights = read_rights(namespace="posttrain-system", lease="LEASE")
+    return {
+        (role["kind"], role["metadata"]["name"].removeprefix("posttrain-")): role["rules"]
+        for role in rights
+        if "rules" in role
+    }
 
 
 def granted(*rules: dict[str, Any]) -> dict[tuple[str, str], set[str]]:

@@ -113,6 +113,8 @@ class Settings(SettingsModel):
     """How the operator works."""
     allow_file_sources: bool = False
     """file:// sources and code.path: true on one machine only."""
+    queues: bool = True
+    """Whether queueName is obeyed: false on one machine only, which has no queues."""
     prepare_cpu: str = "2"
     """CPUs of prepare's pod, which holds no GPU."""
     prepare_memory: str = "16Gi"

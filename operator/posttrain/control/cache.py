@@ -48,6 +48,7 @@ class Cache:
         self._gone: OrderedDict[str, float] = OrderedDict()
         """By uid: the version at which an object was gone, infinite where it can never come back."""
         self._listed: set[Kind] = set()
+        self._unknown: set[Kind] = set()
 
     # --- Reading -----------------------------------------------------------------------------------------------------
 
@@ -72,6 +73,10 @@ class Cache:
     def is_listed(self, kind: Kind) -> bool:
         """Return whether a kind was listed once in full."""
         return kind in self._listed
+
+    def is_served(self, kind: Kind) -> bool:
+        """Return whether the cluster knew the kind when it was listed last."""
+        return kind in self._listed and kind not in self._unknown
 
     def count(self, kind: Kind) -> int:
         """Return how many objects of a kind are known."""
@@ -135,6 +140,10 @@ class Cache:
                 self._bury(entry.uid, version=limit)
                 self._remove(ObjectKey(*kind, namespace, name))
         self._listed.add(kind)
+        if version is None:
+            self._unknown.add(kind)
+        else:
+            self._unknown.discard(kind)
 
     def _bury(self, uid: str, *, version: float) -> None:
         """Remember the dead: a late answer to a write of ours must not bring one back."""

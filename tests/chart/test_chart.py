@@ -359,6 +359,17 @@ def test_the_readme_names_every_value_with_its_default() -> None:
     assert {name: yaml.safe_load(default) for name, default in rows} == values
 
 
+def test_the_examples_of_the_documentation_are_values() -> None:
+    (guide,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "installation.md").read_text(), re.DOTALL)
+    comment = re.search(r"^#   settings:\n(#     .*\n)+", (CHART / "values.yaml").read_text(), re.MULTILINE)
+    assert comment is not None
+    example = re.sub("^#   ", "", comment[0], flags=re.MULTILINE)
+
+    for values in (yaml.safe_load(guide), yaml.safe_load(example)):
+        render(values)
+        assert Settings.model_validate(values["settings"]).default_profile == "h100"
+
+
 def test_the_generated_files_are_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/generate_chart.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False

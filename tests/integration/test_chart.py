@@ -86,6 +86,8 @@ def test_its_pods_are_admitted_as_restricted_ones_on_nodes_of_their_own(release:
     )
 
     assert {pod["spec"]["serviceAccountName"] for pod in pods["items"]} == {"posttrain-operator"}
+    (key,) = [volume["secret"] for volume in pods["items"][0]["spec"]["volumes"] if "secret" in volume]
+    assert key["defaultMode"] == 0o440
 
 
 def test_the_operator_may_not_read_secrets(release: Release, namespace: str) -> None:

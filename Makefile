@@ -1,20 +1,28 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# When to stop building the test cluster's programs (seconds since 1970); options of `make cluster`.
+BUILD_UNTIL ?=
+CLUSTER_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.posttrain-setup
 # Everything that `make generate` writes, and nothing else.
-GENERATED := crds docs/reasons.md docs/trainingrun.md operator/posttrain/api/tables
+GENERATED := charts/posttrain/values.schema.json crds docs/reasons.md docs/settings.md docs/trainingrun.md \
+  operator/posttrain/api/tables $(wildcard images/*/requirements.txt)
+
+# What the test cluster's programs are built for, in this order.
+BUILDS := build-control-plane build-node build-kueue
 
 export UV_COMPILE_BYTECODE := 1
 export UV_PYTHON_DOWNLOADS := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-unit test-workloads generate verify quickstart clean
+.PHONY: help setup check test test-unit test-workloads test-all integration e2e generate verify quickstart \
+  cluster cluster-down cluster-binaries cluster-packages cluster-parts $(BUILDS) clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with the posttrain command and the development tools
 
@@ -32,18 +40,31 @@ check: setup ## Lint, formatting, types, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: setup ## Run every test (PYTEST_ARGS="-k name" for some)
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+test: setup build-control-plane ## Run the tests, but for those of `make e2e` (PYTEST_ARGS="-k name" for some)
+	$(VENV)/bin/pytest -m "not e2e and not kueue" $(PYTEST_ARGS)
 
-test-unit: setup ## Run the tests that need no trainer environment
-	$(VENV)/bin/pytest -m "not workloads" $(PYTEST_ARGS)
+test-unit: setup ## Run the tests that need neither the trainer environment nor the test cluster
+	$(VENV)/bin/pytest -m "not workloads and not integration and not e2e and not kueue" $(PYTEST_ARGS)
 
 test-workloads: setup ## Run the tests in the trainer environment
 	$(VENV)/bin/pytest -m workloads $(PYTEST_ARGS)
 
-generate: setup ## Write the generated files anew: argument tables, CRDs, their reference
+integration: setup build-control-plane ## Run the tests against a real control plane with nodes that are played
+	$(VENV)/bin/pytest -m integration $(PYTEST_ARGS)
+
+e2e: setup $(BUILDS) ## Run the tests on a real node, and those with Kueue
+	$(VENV)/bin/pytest -m "e2e or kueue" $(PYTEST_ARGS)
+
+test-all: setup $(BUILDS) ## Run every test
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, schemas, reference pages
+	@for image in operator trainer; do \
+	  $(VENV)/bin/uv export --locked --extra $$image --no-dev --no-emit-project --format requirements.txt -o images/$$image/requirements.txt >/dev/null || exit 1; \
+	done
 	$(PY) scripts/generate_tables.py
 	$(PY) -m posttrain.crds
+	$(PY) scripts/generate_chart.py
 
 verify: generate ## Fail if a generated file differs from the committed one
 	git diff --exit-code -- $(GENERATED)
@@ -53,6 +74,24 @@ verify: generate ## Fail if a generated file differs from the committed one
 quickstart: setup ## Fine-tune a small real model on this machine
 	$(PY) examples/quickstart/make_inputs.py
 	$(VENV)/bin/posttrain run examples/quickstart/trainingrun.yaml
+
+cluster: setup build-control-plane $(if $(findstring fake,$(CLUSTER_ARGS)),,build-node) ## Start a test cluster in the background, to try things on
+	$(PY) -m tests.cluster up $(CLUSTER_ARGS)
+
+cluster-down: setup ## Stop it
+	$(PY) -m tests.cluster down
+
+cluster-binaries: $(BUILDS) ## Build the test cluster's programs into the cache (Go; the first time an hour)
+
+$(BUILDS): build-%: setup
+	@$(PY) -m tests.cluster.build $(if $(BUILD_UNTIL),--until $(BUILD_UNTIL)) $*
+
+cluster-packages: setup ## Install the Debian packages that a real node needs (root)
+	@packages="$$($(PY) -m tests.cluster packages)"; [ -z "$$packages" ] || { apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$packages; }
+
+cluster-parts: setup ## Print the parts of the test cluster that can be run here
+	@$(PY) -m tests.cluster parts
 
 clean: ## Remove .venv, caches and builds; runs under .posttrain stay
 	rm -rf $(VENV) dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.api.base import GROUP, RUN_NAME_MAX_LENGTH, VERSION, ApiModel
+from posttrain.api.conditions import QUOTA_RESERVED
 from posttrain.api.loader import dump_document
 from posttrain.api.rules import Rule
 from posttrain.api.schema import FREE_FORM, Node, model_in, resource_schema
@@ -23,6 +24,7 @@ from posttrain.api.training_run import (
     KIND,
     MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
+    MUTABLE_RESOURCES_FIELDS,
     NAME_RULE,
     PLURAL,
     TrainingRun,
@@ -32,6 +34,10 @@ from posttrain.reference import render_reasons, render_training_run
 
 HEADER = "# Generated from the models in operator/posttrain/api by `make generate`: edit those.\n"
 IMMUTABLE = "cannot change while the run lives: give the changed run another name, or delete this one first"
+HELD = (
+    "can change only while the run holds no quota (it waits in its queue, or is suspended): suspend it first, or give "
+    "the changed run another name"
+)
 
 _RULES = "x-kubernetes-validations"
 _LIST_TYPE = "x-kubernetes-list-type"
@@ -131,7 +137,7 @@ def _root_schema() -> Node:
         "type": "object",
         "description": resource_schema()["description"],
         "required": ["spec"],
-        _RULES: [{"rule": name_rule, "message": NAME_RULE}],
+        _RULES: [{"rule": name_rule, "message": NAME_RULE}, *_immutability_under_quota(fields["spec"])],
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
@@ -196,10 +202,39 @@ def _validation(rule: Rule) -> Node:
 
 def _immutability(spec: Node) -> list[Node]:
     """Return a rule for each field that must stay as it is, also if it was added or removed."""
-    checkpoints = spec["properties"]["checkpoints"]["properties"]
-    paths = [name for name in spec["properties"] if name not in MUTABLE_FIELDS | {"checkpoints"}]
-    paths += [f"checkpoints.{name}" for name in checkpoints if name not in MUTABLE_CHECKPOINT_FIELDS]
-    return [_unchanged(path, always_there=_is_always_there(spec, path.split("."))) for path in paths]
+    parts = {"checkpoints": MUTABLE_CHECKPOINT_FIELDS, "resources": MUTABLE_RESOURCES_FIELDS}
+    paths = [name for name in spec["properties"] if name not in MUTABLE_FIELDS | parts.keys()]
+    for part, mutable in parts.items():
+        paths += [f"{part}.{name}" for name in spec["properties"][part]["properties"] if name not in mutable]
+    return [
+        {
+            "rule": _unchanged(path, always_there=_is_always_there(spec, path.split("."))),
+            "message": f"{path} {IMMUTABLE}",
+            "fieldPath": f".{path}",
+        }
+        for path in paths
+    ]
+
+
+def _immutability_under_quota(spec: Node) -> list[Node]:
+    """Return a rule for each field that must stay as it is while quota is held.
+
+    They stand at the root, where alone the status is seen. A run without a queue counts as one that holds its quota.
+    """
+    held = (
+        "has(oldSelf.status) && has(oldSelf.status.conditions) && "
+        f"oldSelf.status.conditions.exists(c, c.type == '{QUOTA_RESERVED}' && c.status == 'True')"
+    )
+    rules = []
+    for name in spec["properties"]["resources"]["properties"]:
+        if name in MUTABLE_RESOURCES_FIELDS:
+            there = _is_always_there(spec, ["resources", name])
+            unchanged = _unchanged(f"spec.resources.{name}", always_there=there)
+            path = f"resources.{name}"
+            rules.append(
+                {"rule": f"!({held}) || ({unchanged})", "message": f"{path} {HELD}", "fieldPath": f".spec.{path}"}
+            )
+    return rules
 
 
 def _is_always_there(node: Node, names: Sequence[str]) -> bool:
@@ -208,10 +243,9 @@ def _is_always_there(node: Node, names: Sequence[str]) -> bool:
     return there and (len(names) == 1 or _is_always_there(part, names[1:]))
 
 
-def _unchanged(path: str, *, always_there: bool) -> Node:
+def _unchanged(path: str, *, always_there: bool) -> str:
     same = f"self.{path} == oldSelf.{path}"
-    rule = same if always_there else f"has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || {same})"
-    return {"rule": rule, "message": f"{path} {IMMUTABLE}", "fieldPath": f".{path}"}
+    return same if always_there else f"has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || {same})"
 
 
 def _status_schema(node: Node, *, name: str = "") -> Node:

@@ -20,7 +20,7 @@ from posttrain.plan.types import Manifest
 from tests.support.fake_cluster import FakeCluster
 from tests.support.virtual_time import jump, run_virtually
 
-TIMES = LeaseTimes()
+TIMES = LeaseTimes(duration=10.0, renew_deadline=6.0, period=2.0)
 KEY = ObjectKey(*LEASE, "posttrain-system", "posttrain-operator")
 
 

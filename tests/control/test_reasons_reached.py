@@ -14,9 +14,10 @@ import pytest
 from posttrain.api.reasons import REASONS
 from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, Started
 from posttrain.contract.result import Result
-from posttrain.control.kinds import CLAIM, PYTORCHJOB
+from posttrain.control.kinds import CLAIM, KUEUE, PYTORCHJOB, WORKLOAD
 from posttrain.control.port import Rejected
 from tests.support.bench import Bench
+from tests.support.builders import rfc3339
 
 Happens = Callable[[Bench], None]
 STARTED = Started(world_size=1, max_steps=20, resumed_from_step=0)
@@ -234,6 +235,84 @@ def scheduler_says(message: str) -> Happens:
     return pod_has(conditions=[condition])
 
 
+# --- What Kueue answers ----------------------------------------------------------------------------------------------
+
+QUEUE = {"gpusPerNode": 0, "cpu": "2", "memory": "4Gi", "queueName": "team-a"}
+RESERVED = {"type": "QuotaReserved", "status": "True", "reason": "QuotaReserved", "message": ""}
+ADMITTED = {"type": "Admitted", "status": "True", "reason": "Admitted", "message": ""}
+
+
+def queues(bench: Bench) -> None:
+    bench.submit(resources=QUEUE)
+    bench.settle()
+
+
+def kueue_says(*conditions: dict[str, Any], flavor: str = "cpu", active: bool = True, **assigned: Any) -> Happens:
+    """Let Kueue write these conditions into the run's Workload, with an assignment of the flavor."""
+
+    def happens(bench: Bench) -> None:
+        if bench.others.find(WORKLOAD, "demo") is None:
+            bench.cluster.put({"apiVersion": KUEUE, "kind": "ResourceFlavor", "metadata": {"name": "cpu"}, "spec": {}})
+            queues(bench)
+        workload = bench.others.find(WORKLOAD, "demo")
+        assert workload is not None
+        told = [{**condition, "lastTransitionTime": rfc3339(bench.now)} for condition in conditions]
+        pod_set = {"name": "trainer", "flavors": {"cpu": flavor}, **assigned}
+        admission = {"clusterQueue": "cq", "podSetAssignments": [pod_set]}
+        spec = {**workload["spec"], "active": active}
+        bench.cluster.put({**workload, "spec": spec, "status": {"conditions": told, "admission": admission}})
+        bench.settle()
+
+    return happens
+
+
+def evicted(reason: str, **how: Any) -> Happens:
+    """Let Kueue admit the run, its gang start, and Kueue want the quota back."""
+
+    def happens(bench: Bench) -> None:
+        kueue_says(RESERVED, ADMITTED)(bench)
+        bench.others.make_pods()
+        bench.settle()
+        bench.others.run_pods(1)
+        bench.settle()
+        eviction = {"type": "Evicted", "status": "True", "reason": reason, "message": "another run comes first"}
+        kueue_says(RESERVED, ADMITTED, eviction, **how)(bench)
+
+    return happens
+
+
+def kueue_is_missing(bench: Bench) -> None:
+    bench.cluster.missing_kinds = frozenset({WORKLOAD})
+    bench.start()
+    queues(bench)
+
+
+def job_event(message: str) -> Happens:
+    """Let the training operator say why it makes no pods."""
+
+    def happens(bench: Bench) -> None:
+        bench.submit()
+        bench.settle()
+        job = bench.others.job(1)
+        assert job is not None
+        about = {"kind": "PyTorchJob", "name": "demo-a1", "uid": job["metadata"]["uid"]}
+        bench.cluster.put(
+            {
+                "apiVersion": "v1",
+                "kind": "Event",
+                "metadata": {"name": "demo-a1.1", "namespace": "team"},
+                "involvedObject": about,
+                "type": "Warning",
+                "reason": "FailedCreatePod",
+                "message": message,
+                "lastTimestamp": rfc3339(bench.now),
+            }
+        )
+        bench.wait(60)
+
+    return happens
+
+
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
 PULL = {"name": "pytorch", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
 
@@ -271,6 +350,19 @@ CASES: list[tuple[str, Happens]] = [
     ("Unschedulable", scheduler_says("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")),
     ("VolumePending", scheduler_says("pod has unbound immediate PersistentVolumeClaims")),
     ("ImagePullFailed", pod_has(containerStatuses=[PULL])),
+    ("QuotaExceeded", job_event('pods "demo-a1-master-0" is forbidden: exceeded quota: team, requested: cpu=2')),
+    ("PodsNotCreated", job_event("admission webhook denied the request: no host network")),
+    # Quota
+    ("NoQueue", in_progress),
+    ("KueueMissing", kueue_is_missing),
+    ("QuotaPending", queues),
+    ("QueueUnavailable", kueue_says({**RESERVED, "status": "False", "reason": "Inadmissible", "message": "no queue"})),
+    ("QuotaReserved", kueue_says(RESERVED, ADMITTED)),
+    ("FlavorMissing", kueue_says(RESERVED, ADMITTED, flavor="gone")),
+    ("TopologyUnsupported", kueue_says(RESERVED, ADMITTED, topologyAssignment={"levels": ["host"], "domains": []})),
+    ("Preempted", evicted("Preempted")),
+    ("QuotaLost", evicted("PodsReadyTimeout")),
+    ("WorkloadDeactivated", evicted("Deactivated", active=False)),
     # Ends that the operator finds itself
     ("DeadlineExceeded", deadline_passes),
     ("PendingDeadlineExceeded", pending_deadline_passes),

@@ -29,6 +29,10 @@ def load_observed(data: dict[str, Any]) -> Observed:
         pods=tuple(data.get("pods", [])),
         foreign=frozenset(refs),
         config_maps=data.get("configMaps", {}),
+        job_events=tuple(data.get("jobEvents", [])),
+        kueue=data.get("kueue", False),
+        flavors={flavor["metadata"]["name"]: flavor for flavor in data.get("flavors", [])},
+        priorities=data.get("priorities", {}),
     )
 
 
@@ -39,6 +43,14 @@ def dump_plan(plan: Plan) -> str:
         "requeueAfter": plan.requeue_after,
         "deleteRun": plan.delete_run,
         "deletes": [f"{ref.kind} {ref.name}" for ref in plan.deletes],
+        "patches": [
+            {
+                "object": f"{patch.ref.kind} {patch.ref.name}",
+                "subresource": patch.subresource,
+                "patch": patch.payload,
+            }
+            for patch in plan.patches
+        ],
         "events": [dataclasses.asdict(event) for event in plan.events],
         "status": status,
     }

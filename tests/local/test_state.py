@@ -120,6 +120,15 @@ def test_fields_that_may_change_while_a_run_lives_are_no_difference() -> None:
     assert find_spec_changes(build_run().spec, changed.spec) == []
 
 
+def test_on_one_machine_the_shape_is_fixed_and_the_queue_means_nothing() -> None:
+    resources = {"gpusPerNode": 0}
+    old = build_run(resources=resources).spec
+
+    assert find_spec_changes(old, build_run(resources={**resources, "queueName": "team-a"}).spec) == []
+    reshaped = build_run(resources={**resources, "numNodes": 2, "profile": "h100"}).spec
+    assert find_spec_changes(old, reshaped) == ["spec.resources.numNodes", "spec.resources.profile"]
+
+
 def test_a_run_keeps_its_identity_and_status_when_its_file_is_applied_again() -> None:
     first = accept_run(build_run(), stored=None, now=T0)
     stored = first.model_copy(update={"status": TrainingRunStatus(stage="Training")})

@@ -18,7 +18,13 @@ from posttrain.api.loader import load_documents
 from posttrain.api.patterns import known_patterns
 from posttrain.api.rules import Rule
 from posttrain.api.schema import model_in, resource_schema, schema_of
-from posttrain.api.training_run import MUTABLE_CHECKPOINT_FIELDS, MUTABLE_FIELDS, NAME_RULE, TrainingRunSpec
+from posttrain.api.training_run import (
+    MUTABLE_CHECKPOINT_FIELDS,
+    MUTABLE_FIELDS,
+    MUTABLE_RESOURCES_FIELDS,
+    NAME_RULE,
+    TrainingRunSpec,
+)
 
 ROOT = Path(__file__).parents[2]
 Node = dict[str, Any]
@@ -214,13 +220,30 @@ def test_every_field_but_the_mutable_ones_has_a_rule_that_keeps_it() -> None:
         if "oldSelf" in validation["rule"]
     }
     checkpoints = spec["properties"]["checkpoints"]["properties"]
+    resources = spec["properties"]["resources"]["properties"]
 
     assert rules.keys() == (
-        (spec["properties"].keys() - MUTABLE_FIELDS - {"checkpoints"})
+        (spec["properties"].keys() - MUTABLE_FIELDS - {"checkpoints", "resources"})
         | {f"checkpoints.{name}" for name in checkpoints.keys() - MUTABLE_CHECKPOINT_FIELDS}
+        | {f"resources.{name}" for name in resources.keys() - MUTABLE_RESOURCES_FIELDS}
     )
     assert rules["model"] == "self.model == oldSelf.model"
     assert rules["peft"] == "has(self.peft) == has(oldSelf.peft) && (!has(self.peft) || self.peft == oldSelf.peft)"
+
+
+def test_what_is_asked_of_a_queue_stays_while_quota_is_held() -> None:
+    rules = {
+        validation["fieldPath"].removeprefix(".spec.resources."): validation["rule"]
+        for validation in root_schema()["x-kubernetes-validations"]
+        if "oldSelf" in validation["rule"]
+    }
+
+    assert rules.keys() == MUTABLE_RESOURCES_FIELDS
+    assert rules["numNodes"] == (
+        "!(has(oldSelf.status) && has(oldSelf.status.conditions) && oldSelf.status.conditions.exists(c, "
+        "c.type == 'QuotaReserved' && c.status == 'True')) || "
+        "(self.spec.resources.numNodes == oldSelf.spec.resources.numNodes)"
+    )
 
 
 def test_the_status_requires_nothing_and_has_no_defaults() -> None:

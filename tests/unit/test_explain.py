@@ -25,6 +25,7 @@ def test_a_field() -> None:
         description="Number of nodes, one pod each. Default: 1.",
         required=False,
         mutable=False,
+        mutable_without_quota=True,
         default="1",
         example="1",
     )
@@ -55,6 +56,10 @@ def test_which_fields_may_change() -> None:
         "spec.restarts", "spec.restarts.maxInfrastructureRestarts", "spec.restarts.maxApplicationRestarts",
         "spec.restarts.progressDeadlineSeconds", "spec.restarts.onNonFinite", "spec.restarts.avoidNodes",
         "spec.checkpoints.everySteps", "spec.checkpoints.keepLast",
+    }  # fmt: skip
+    assert {path for path in all_paths(resource_schema(), "") if explain(path).mutable_without_quota} == {
+        "spec.resources.queueName", "spec.resources.workloadPriorityClass", "spec.resources.profile",
+        "spec.resources.numNodes",
     }  # fmt: skip
 
 

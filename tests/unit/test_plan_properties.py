@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from posttrain.api.conditions import FINISHED, SUCCEEDED, find_condition, is_true
+from posttrain.api.conditions import FINISHED, QUOTA_RESERVED, SUCCEEDED, find_condition, is_true
 from posttrain.api.training_run import TrainingRun
 from posttrain.contract.facts import (
     CheckpointSaved,
@@ -23,16 +23,18 @@ from posttrain.contract.facts import (
 )
 from posttrain.contract.progress import KubeflowReport
 from posttrain.contract.result import Result
+from posttrain.plan.kueue import WorkloadState, parse_workload, workload_ref
 from posttrain.plan.manifests import is_live
 from posttrain.plan.progress import next_progress
 from posttrain.plan.training_run import plan_training_run
-from posttrain.plan.types import Manifest, ObjectRef, Observed, Plan
+from posttrain.plan.types import Manifest, ObjectRef, Observed, Plan, StatusPatch
 from posttrain.settings import Profile, Settings
 from tests.support.builders import T0, build_pod, build_report, build_run, end_pod, ended_status, rfc3339
 
 MAX_INFRASTRUCTURE, MAX_APPLICATION = 3, 2
 SETTINGS = Settings(profiles={"default": Profile(price_per_gpu_hour="2")})
 EXIT_CODES = (1, 2, 137, 138, 139, 143)
+WORKLOAD = workload_ref("demo")
 
 
 class World:
@@ -47,31 +49,33 @@ class World:
         self.seqs: dict[tuple[int, str], int] = {}
         self.attempts_seen = 0
         self.ended: Any = None
+        self.versions = 0
 
     # --- The operator ---
 
     def observed(self) -> Observed:
-        return Observed(objects=dict(self.objects), pods=tuple(self.pods.values()))
+        return Observed(objects=dict(self.objects), pods=tuple(self.pods.values()), kueue=True)
 
     def plan(self) -> Plan:
         return plan_training_run(self.run, self.observed(), now=self.now, settings=SETTINGS)
 
     def carry_out_a_plan(self) -> None:
         plan = self.plan()
-        self.do(plan, deletes=len(plan.deletes), objects=len(plan.objects))
+        self.do(plan, count=len(plan.deletes) + len(plan.patches) + len(plan.objects))
         self.write_status(plan)
 
     def crash_in_the_middle(self, pick: int) -> None:
         """Do the first `pick` things of a plan, and write no status."""
-        plan = self.plan()
-        deletes = min(pick, len(plan.deletes))
-        self.do(plan, deletes=deletes, objects=min(pick - deletes, len(plan.objects)))
+        self.do(self.plan(), count=pick)
 
-    def do(self, plan: Plan, *, deletes: int, objects: int) -> None:
-        for ref in plan.deletes[:deletes]:
-            self.delete(ref)
-        for manifest in plan.objects[:objects]:
-            self.apply(manifest)
+    def do(self, plan: Plan, *, count: int) -> None:
+        writes: list[tuple[Callable[[Any], None], Any]] = [
+            *((self.delete, ref) for ref in plan.deletes),
+            *((self.patch, patch) for patch in plan.patches),
+            *((self.apply, manifest) for manifest in plan.objects),
+        ]
+        for write, what in writes[:count]:
+            write(what)
 
     def write_status(self, plan: Plan) -> None:
         before, status = self.run.status, plan.status
@@ -87,12 +91,29 @@ class World:
         metadata = {**manifest["metadata"], "creationTimestamp": rfc3339(self.now)}
         if known is not None:
             metadata["creationTimestamp"] = known["metadata"]["creationTimestamp"]
+        if ref == WORKLOAD:
+            assert known is None or not parse_workload(known).reserved, "Kueue refuses to change what is reserved"
+            self.versions += 1
+            metadata |= {"uid": (known or {"metadata": {"uid": f"w-{self.versions}"}})["metadata"]["uid"]}
+            metadata["resourceVersion"] = str(self.versions)
         self.objects[ref] = {**manifest, "metadata": metadata, "status": (known or {}).get("status", {})}
         if known is not None:
             return
         if ref.kind == "PyTorchJob":
             for node in range(self.run.spec.resources.num_nodes):
                 self.make_pod(int(manifest["metadata"]["labels"]["posttrain.dev/attempt"]), node)
+
+    def patch(self, patch: StatusPatch) -> None:
+        known = self.objects[patch.ref]
+        assert patch.payload["metadata"]["resourceVersion"] == known["metadata"]["resourceVersion"]
+        status = {**known["status"], **patch.body["status"]}
+        self.set_workload_status({key: value for key, value in status.items() if value is not None})
+
+    def set_workload_status(self, status: dict[str, Any]) -> None:
+        self.versions += 1
+        workload = self.objects[WORKLOAD]
+        metadata = {**workload["metadata"], "resourceVersion": str(self.versions)}
+        self.objects[WORKLOAD] = {**workload, "metadata": metadata, "status": status}
 
     def make_pod(self, attempt: int, node: int) -> None:
         self.uids += 1
@@ -110,7 +131,7 @@ class World:
     def delete(self, ref: ObjectRef) -> None:
         del self.objects[ref]
         for name, pod in list(self.pods.items()):
-            if name.startswith(ref.name + "-"):
+            if name.startswith(ref.name + "-") and ref != WORKLOAD:
                 if is_live(pod, now=self.now):
                     metadata = {**pod["metadata"], "deletionTimestamp": rfc3339(self.now + timedelta(seconds=120))}
                     self.pods[name] = {**pod, "metadata": metadata}
@@ -183,6 +204,46 @@ class World:
             self.tell(PrepareResult(problems=problems), attempt=0, source="prepare")
             job["status"] = ended_status("Failed" if problems else "Complete", at_time=self.now)
 
+    def kueue_says(self, **conditions: tuple[str, str]) -> None:
+        status = self.objects[WORKLOAD]["status"]
+        said = {condition["type"]: condition for condition in status.get("conditions", ())}
+        for type_, (value, reason) in conditions.items():
+            told = {"type": type_, "status": value, "reason": reason, "message": reason}
+            said[type_] = {**told, "lastTransitionTime": rfc3339(self.now)}
+        self.set_workload_status({**status, "conditions": list(said.values())})
+
+    def workload(self) -> WorkloadState | None:
+        found = self.objects.get(WORKLOAD)
+        return parse_workload(found) if found is not None else None
+
+    def kueue_admits(self, pick: int) -> None:
+        workload = self.workload()
+        if workload is None or workload.reserved or workload.finished:
+            return
+        known = {c["type"]: c["status"] for c in workload.manifest["status"].get("conditions", ())}
+        # A Workload that is left Admitted, or that its owner did not queue again, is never looked at.
+        assert known.get("Admitted") != "True"
+        assert "Evicted" not in known or known["Requeued"] == "True"
+        evicted = {"Evicted": ("False", "QuotaReserved")} if "Evicted" in known else {}
+        self.kueue_says(QuotaReserved=("True", "QuotaReserved"), Admitted=("True", "Admitted"), **evicted)
+
+    def kueue_preempts(self, pick: int) -> None:
+        workload = self.workload()
+        if workload is not None and workload.admitted:
+            self.kueue_says(Evicted=("True", "Preempted"))
+
+    def somebody_deletes_the_workload(self, pick: int) -> None:
+        self.objects.pop(WORKLOAD, None)
+
+    def the_user_asks_for_another_shape(self, pick: int) -> None:
+        """The API server allows it while the condition does not say that quota is held."""
+        resources = self.run.spec.resources
+        if resources.queue_name is None or is_true(self.run.status.conditions, QUOTA_RESERVED):
+            return
+        changed = resources.model_copy(update={"num_nodes": 1 + pick % 3, "queue_name": ("a", "b")[pick % 2]})
+        spec = self.run.spec.model_copy(update={"resources": changed})
+        self.run = self.run.model_copy(update={"spec": spec})
+
     def tell(self, *bodies: FactBody, attempt: int, source: str = "rank-0") -> None:
         first = self.seqs.get((attempt, source), 0) + 1
         self.seqs[attempt, source] = first + len(bodies) - 1
@@ -221,6 +282,8 @@ class World:
         self.attempts_never_decrease()
         self.budgets_are_kept()
         self.there_is_at_most_one_gang()
+        self.no_gang_is_made_without_quota()
+        self.quota_is_given_back_only_when_nothing_uses_it()
         self.the_end_stays_the_end()
         self.usage_adds_up()
 
@@ -254,6 +317,42 @@ class World:
             assert not [n for n, pod in self.pods.items() if n.startswith("demo-a") and is_live(pod, now=self.now)]
             assert name == f"demo-a{self.attempt}"
 
+    def no_gang_is_made_without_quota(self) -> None:
+        wanted = [o for o in self.plan().objects if o["kind"] == "PyTorchJob"]
+        if wanted and self.run.spec.resources.queue_name is not None:
+            workload = self.workload()
+            assert workload is not None
+            assert workload.admitted
+            replicas = wanted[0]["spec"]["pytorchReplicaSpecs"].values()
+            assert workload.ask.nodes == sum(replica["replicas"] for replica in replicas)
+            assert workload.ask.queue == self.run.spec.resources.queue_name
+
+    def quota_is_given_back_only_when_nothing_uses_it(self) -> None:
+        plan = self.plan()
+        gives = WORKLOAD in plan.deletes or any(ends(patch) for patch in plan.patches)
+        if gives:
+            jobs = [job for ref, job in self.objects.items() if ref.kind == "PyTorchJob" and not job["status"]]
+            assert not jobs
+            assert not [n for n, pod in self.pods.items() if n.startswith("demo-a") and is_live(pod, now=self.now)]
+        assert len(plan.patches) <= 1
+
+    def what_is_left_comes_to_rest(self) -> None:
+        """When from now on everybody does their part, the run ends, is suspended, or has a gang; and keeps no quota."""
+        for _ in range(20):
+            for happens in (World.prepare_ends, World.terminating_pods_end, World.kueue_admits, World.pods_run):
+                happens(self, 1)
+                self.carry_out_a_plan()
+            self.now += timedelta(seconds=30)
+        stage, workload = self.run.status.stage, self.workload()
+        if stage == "Suspended":
+            assert workload is None
+        elif self.run.status.completion_time is not None:
+            assert workload is None or workload.finished
+        else:
+            assert self.job_ref in self.objects
+            assert workload is not None
+            assert workload.admitted
+
     def the_end_stays_the_end(self) -> None:
         conditions = self.run.status.conditions
         if self.ended is not None:
@@ -270,6 +369,12 @@ class World:
             assert float(usage.wasted_gpu_seconds or 0) >= 0
 
 
+def ends(patch: StatusPatch) -> bool:
+    """Return whether a write to a Workload's status frees its quota."""
+    conditions = {condition["type"]: condition["status"] for condition in patch.body["status"]["conditions"]}
+    return conditions.get("Finished") == "True" or conditions["QuotaReserved"] == "False"
+
+
 HAPPENINGS = (
     *[World.pods_run] * 5,
     *[World.prepare_ends] * 3,
@@ -284,6 +389,23 @@ HAPPENINGS = (
     World.the_gang_finds_no_number,
     World.the_gang_tells_its_result,
     World.the_user_suspends_or_resumes,
+)
+WITH_A_QUEUE = (
+    *[World.kueue_admits] * 5,
+    *[World.kueue_preempts] * 4,
+    *[World.pods_run] * 4,
+    *[World.terminating_pods_end] * 3,
+    *[World.crash_in_the_middle] * 2,
+    World.the_user_suspends_or_resumes,
+    World.the_user_asks_for_another_shape,
+    World.somebody_deletes_the_workload,
+    World.somebody_deletes_the_job,
+    World.time_passes,
+    World.prepare_ends,
+    World.a_pod_fails,
+    World.a_pod_is_deleted,
+    World.the_gang_reports,
+    World.the_gang_succeeds,
 )
 
 
@@ -330,6 +452,43 @@ def test_what_always_holds_of_plans(
         for _ in range(plans):
             world.carry_out_a_plan()
             world.check()
+    event(f"{world.run.status.stage}")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    nodes=st.integers(1, 3),
+    prepare=st.booleans(),
+    deadline=st.sampled_from([None, 5000]),
+    story=st.lists(
+        st.tuples(st.sampled_from(WITH_A_QUEUE), st.integers(0, 59), st.integers(0, 3)), min_size=20, max_size=40
+    ),
+)
+def test_what_always_holds_of_plans_with_a_queue(
+    nodes: int,
+    prepare: bool,
+    deadline: int | None,
+    story: list[tuple[Callable[[World, int], None], int, int]],
+) -> None:
+    spec: dict[str, Any] = {
+        "resources": {"numNodes": nodes, "gpusPerNode": 2, "queueName": "a"},
+        "prepare": {"enabled": prepare},
+        "restarts": {"maxInfrastructureRestarts": MAX_INFRASTRUCTURE, "maxApplicationRestarts": MAX_APPLICATION},
+    }
+    if deadline is not None:
+        spec |= {"pendingDeadlineSeconds": deadline}
+    world = World(build_run(**spec))
+    for happens in (World.prepare_ends, World.kueue_admits, World.pods_run):
+        for _ in range(3):
+            world.carry_out_a_plan()
+        happens(world, 1)
+    for happens, pick, plans in story:
+        happens(world, pick)
+        world.check()
+        for _ in range(plans):
+            world.carry_out_a_plan()
+            world.check()
+    world.what_is_left_comes_to_rest()
     event(f"{world.run.status.stage}")
 
 

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from posttrain.api.args import ArgsTable, describe_type, load_table
 from posttrain.api.schema import FREE_FORM, Node, resource_schema
 from posttrain.api.spelling import first_sentence, join_names, nearest, write_value
-from posttrain.api.training_run import KIND, MUTABLE_CHECKPOINT_FIELDS, MUTABLE_FIELDS
+from posttrain.api.training_run import (
+    KIND,
+    MUTABLE_CHECKPOINT_FIELDS,
+    MUTABLE_FIELDS,
+    MUTABLE_RESOURCES_FIELDS,
+)
 from posttrain.errors import UserError
 
 ARGS_PATH = ("spec", "sft", "args")
@@ -41,6 +46,8 @@ class Explanation:
     required: bool = False
     mutable: bool | None = None
     """Whether it may change while the run lives; None for what is not in the spec."""
+    mutable_without_quota: bool = False
+    """Whether it may change while the run holds no quota."""
     default: str | None = None
     example: str | None = None
     fields: tuple[Entry, ...] = ()
@@ -49,6 +56,7 @@ class Explanation:
         """Return the explanation as plain text."""
         notes = ["required"] if self.required else []
         notes += ["may change while the run lives"] if self.mutable else []
+        notes += ["may change while the run holds no quota"] if self.mutable_without_quota else []
         lines = [f"{self.path}  ({'; '.join([self.type, *notes])})", "", f"  {self.description}"]
         if self.default is not None and "Default: " not in self.description:
             lines += ["", f"  Default: {self.default}"]
@@ -88,6 +96,7 @@ def explain(path: str) -> Explanation:
         description=node.get("description", ""),
         required=required,
         mutable=_is_mutable(steps),
+        mutable_without_quota=steps[:2] == ["spec", "resources"] and steps[-1] in MUTABLE_RESOURCES_FIELDS,
         default=write_value(node["default"]) if "default" in node and not node.get("properties") else None,
         example=write_value(node["examples"][0]) if "examples" in node else None,
         fields=_entries(node),

@@ -159,6 +159,51 @@ _CATALOGUE = (
         message="The trainer refuses its configuration.",
         advice="Change the key that is named in the message.",
     ),
+    # Quota
+    Reason(name="NoQueue", message="spec.resources.queueName is not set: the gang needs no quota."),
+    Reason(name="QuotaReserved", message="The queue has admitted the run."),
+    Reason(
+        name="QuotaPending",
+        message="The run waits in its queue.",
+        advice="Wait, ask for less in spec.resources, or raise spec.resources.workloadPriorityClass.",
+    ),
+    Reason(
+        name="Preempted",
+        message="The queue gave the run's quota to another one.",
+        advice="Nothing: the run goes on from its latest checkpoint when it is admitted again.",
+    ),
+    Reason(
+        name="QuotaLost",
+        message="The queue has taken the run's quota back.",
+        advice="The message names Kueue's reason; the run goes on from its latest checkpoint when it is admitted "
+        "again.",
+    ),
+    Reason(
+        name="QueueUnavailable",
+        message="The queue cannot admit any run.",
+        advice="Check spec.resources.queueName, and that the LocalQueue and its ClusterQueue exist and are not "
+        "stopped.",
+    ),
+    Reason(
+        name="WorkloadDeactivated",
+        message="Kueue has deactivated the run's Workload.",
+        advice="Mend what the message names, then set spec.suspend to true and back to false: quota is asked for anew.",
+    ),
+    Reason(
+        name="KueueMissing",
+        message="spec.resources.queueName is set, and Kueue is not installed in this cluster.",
+        advice="Install Kueue, or apply the run without spec.resources.queueName.",
+    ),
+    Reason(
+        name="FlavorMissing",
+        message="A ResourceFlavor that the quota was reserved in does not exist.",
+        advice="Create the ResourceFlavor that is named; the run goes on by itself.",
+    ),
+    Reason(
+        name="TopologyUnsupported",
+        message="The queue places pods by topology, which posttrain does not support.",
+        advice="Use a queue whose ResourceFlavors have no topologyName.",
+    ),
     # Waiting
     Reason(
         name="Unschedulable",
@@ -175,6 +220,16 @@ _CATALOGUE = (
         message="A volume is not bound or cannot be mounted.",
         advice="Check the claim and its storage class.",
     ),
+    Reason(
+        name="QuotaExceeded",
+        message="A ResourceQuota of the namespace refuses a pod.",
+        advice="Wait until other pods have ended, have the quota raised, or ask for less in spec.resources.",
+    ),
+    Reason(
+        name="PodsNotCreated",
+        message="A pod cannot be created.",
+        advice="The API server's refusal is in the message: it names the policy or the field.",
+    ),
     # Ends
     Reason(
         name="DeadlineExceeded",
@@ -183,7 +238,7 @@ _CATALOGUE = (
     ),
     Reason(
         name="PendingDeadlineExceeded",
-        message="The gang waited longer than spec.pendingDeadlineSeconds for its pods.",
+        message="The gang waited longer than spec.pendingDeadlineSeconds for its quota and its pods.",
         advice="Ask for less, or raise the deadline.",
     ),
     Reason(

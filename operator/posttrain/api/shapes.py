@@ -255,6 +255,19 @@ class Resources(ApiModel):
         description="Further devices of each node, such as RDMA interfaces.",
         examples=[{"rdma/ib": "8"}],
     )
+    queue_name: ObjectName | None = Field(
+        default=None,
+        description="LocalQueue of Kueue in the run's namespace. Quota for the whole gang is reserved in it before any "
+        "pod of the gang is made, and held over restarts; prepare's CPU pod needs none. One machine has no queues: "
+        "`posttrain run` ignores it. Default: none, the gang starts at once.",
+        examples=["team-a"],
+    )
+    workload_priority_class: ObjectName | None = Field(
+        default=None,
+        description="WorkloadPriorityClass of Kueue, by which the queue orders and preempts. It says nothing of the "
+        "pods' own priority. Default: none, which is priority 0.",
+        examples=["production"],
+    )
     priority_class_name: ObjectName | None = Field(
         default=None, description="Priority class of the pods.", examples=["batch"]
     )
@@ -268,6 +281,12 @@ class Resources(ApiModel):
             holds=lambda resources: (
                 resources["gpusPerNode"] == 0 or resources.get("processesPerNode", 0) <= resources["gpusPerNode"]
             ),
+        ),
+        Rule(
+            field="workloadPriorityClass",
+            message="workloadPriorityClass is the priority in a queue: set queueName, or leave it out",
+            cel="!has(self.workloadPriorityClass) || has(self.queueName)",
+            holds=lambda resources: "workloadPriorityClass" not in resources or "queueName" in resources,
         ),
     )
 

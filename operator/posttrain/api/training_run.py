@@ -51,9 +51,12 @@ NAME_RULE = (
 MUTABLE_FIELDS = frozenset(
     {"suspend", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "pendingDeadlineSeconds", "restarts"}
 )
-"""Fields of the spec that may change while the run lives; of `checkpoints` only these: everySteps, keepLast."""
+"""Fields of the spec that may change while the run lives; of `checkpoints` and `resources` only the following."""
 
 MUTABLE_CHECKPOINT_FIELDS = frozenset({"everySteps", "keepLast"})
+
+MUTABLE_RESOURCES_FIELDS = frozenset({"queueName", "workloadPriorityClass", "profile", "numNodes"})
+"""Only while the run holds no quota: the gang is not there, and what is asked of the queue can still change."""
 
 
 class Sft(ApiModel):
@@ -183,7 +186,8 @@ class TrainingRunSpec(ApiModel):
         default=None,
         ge=1,
         le=2**31 - 1,
-        description="Seconds that a gang may wait for its pods before the run fails. Default: none.",
+        description="Seconds that a gang may wait before the run fails: for its quota, from when it is asked for it "
+        "(and again after a preemption), and for its pods; without a queue for its pods alone. Default: none.",
         examples=[7200],
     )
     ttl_seconds_after_finished: int | None = Field(

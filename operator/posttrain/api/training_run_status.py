@@ -243,6 +243,8 @@ class ProvenanceStatus(StatusModel):
     """Versions of the libraries."""
     profile: dict[str, Any] | None = None
     """The profile as it was."""
+    profile_name: str | None = None
+    """The name under which the spec asked for it; none for the default profile."""
 
 
 class FailureStatus(StatusModel):
@@ -277,7 +279,9 @@ class HoldStatus(StatusModel):
     """Generation of the spec at that time."""
 
 
-Stage = Literal["Pending", "Preparing", "Starting", "Training", "Restarting", "Suspended", "Succeeded", "Failed"]
+Stage = Literal[
+    "Pending", "Preparing", "Queued", "Starting", "Training", "Restarting", "Suspended", "Succeeded", "Failed"
+]
 
 
 class TrainingRunStatus(StatusModel):
@@ -299,6 +303,8 @@ class TrainingRunStatus(StatusModel):
     """When the first gang was made."""
     completion_time: Time | None = None
     """When the run ended."""
+    attempt_queued_time: Time | None = None
+    """Since when the attempt waits for quota, or waited."""
     attempt_created_time: Time | None = None
     """When the attempt's gang was made."""
     attempt_running_time: Time | None = None

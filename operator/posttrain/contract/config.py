@@ -12,7 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from posttrain.api.base import JsonObject
-from posttrain.api.training_run import MUTABLE_CHECKPOINT_FIELDS, MUTABLE_FIELDS, TrainingRunSpec
+from posttrain.api.training_run import (
+    MUTABLE_CHECKPOINT_FIELDS,
+    MUTABLE_FIELDS,
+    MUTABLE_RESOURCES_FIELDS,
+    TrainingRunSpec,
+)
 
 
 class ContractModel(BaseModel):
@@ -96,11 +101,10 @@ class TrainingConfig(ContractModel):
 
 
 def immutable_spec(spec: TrainingRunSpec) -> dict[str, Any]:
-    """Return the part of a spec that must not change while the run lives, as JSON data."""
+    """Return the part of a spec that never changes while the run lives, as JSON data."""
     data = {key: value for key, value in spec.to_data().items() if key not in MUTABLE_FIELDS}
-    data["checkpoints"] = {
-        key: value for key, value in data["checkpoints"].items() if key not in MUTABLE_CHECKPOINT_FIELDS
-    }
+    for name, mutable in (("checkpoints", MUTABLE_CHECKPOINT_FIELDS), ("resources", MUTABLE_RESOURCES_FIELDS)):
+        data[name] = {key: value for key, value in data[name].items() if key not in mutable}
     return data
 
 

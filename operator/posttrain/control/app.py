@@ -22,21 +22,28 @@ from typing import Any
 
 import kopf
 import structlog
+import uvloop
 
 from posttrain.api.base import GROUP, VERSION
 from posttrain.api.training_run import PLURAL
+from posttrain.control.authentication import Authenticator
+from posttrain.control.authority import Authority
 from posttrain.control.cache import Cache
+from posttrain.control.certificates import CertificateFiles, ServingCertificate
 from posttrain.control.cluster import Connection, connect
 from posttrain.control.fence import FencedCluster
-from posttrain.control.health import serve_health
+from posttrain.control.health import parse_address, serve_health
 from posttrain.control.kinds import TRAINING_RUN
 from posttrain.control.lease import Election, LeaseTimes, Lost
 from posttrain.control.logs import configure_logs
 from posttrain.control.operator import Operator
 from posttrain.control.port import Unavailable
+from posttrain.control.progress import ProgressWriter
+from posttrain.control.server import ProgressServer
 from posttrain.errors import UserError
 from posttrain.settings import Settings, load_settings
 
+_CERTIFICATE_FOLDER = Path("/etc/posttrain-operator/tls")
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _RESTART_SECONDS = 1.0
 _RESTART_MAX_SECONDS = 30.0
@@ -62,7 +69,7 @@ class KopfEdge:
 
             def watch(stop: threading.Event = stop, ended: asyncio.Event = ended) -> None:
                 try:
-                    asyncio.run(self._watch(cache, loop=loop, stop=stop))
+                    uvloop.run(self._watch(cache, loop=loop, stop=stop))
                 except Exception as error:  # whatever ended it: it is started again
                     log.warning("kopf ended", error=str(error) or type(error).__name__)
                 finally:
@@ -85,7 +92,7 @@ class KopfEdge:
             return kopf.ConnectionInfo(**self._connection.to_kopf())
 
         @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)  # type: ignore[misc, unused-ignore]
-        def take(event: Any, **_: Any) -> None:
+        async def take(event: Any, **_: Any) -> None:
             # kopf gives an event's object without its type where it listed it.
             manifest = {"apiVersion": TRAINING_RUN[0], "kind": TRAINING_RUN[1], **event["object"]}
             loop.call_soon_threadsafe(cache.drop if event["type"] == "DELETED" else cache.put, manifest)
@@ -107,12 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logs(level=options.log_level)
     try:
         settings = load_settings(options.settings) if options.settings else Settings()
+        return uvloop.run(_serve(options, settings))
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    try:
-        return asyncio.run(_serve(options, settings))
-    except Unavailable as error:
+    except (Unavailable, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 
@@ -121,6 +127,9 @@ async def _serve(options: argparse.Namespace, settings: Settings) -> int:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    certificate = ServingCertificate(
+        CertificateFiles(certificate=options.tls_certificate, key=options.tls_key, authority=options.tls_authority)
+    )
     cluster = await connect(kubeconfig=options.kubeconfig)
     election = Election(
         cluster,
@@ -130,10 +139,19 @@ async def _serve(options: argparse.Namespace, settings: Settings) -> int:
         times=LeaseTimes(),
         monotonic=asyncio.get_running_loop().time,
     )
+    fenced = FencedCluster(cluster, holds=election.holds)
     operator = Operator(
-        FencedCluster(cluster, holds=election.holds), settings=settings, edge=KopfEdge(cluster.connection)
+        fenced,
+        settings=settings,
+        edge=KopfEdge(cluster.connection),
+        authority=Authority(fenced, settings.progress_server, read_authority=certificate.authority_text),
+    )
+    server = ProgressServer(
+        authenticator=Authenticator(cluster), writer=ProgressWriter(cluster), certificate=certificate
     )
     try:
+        host, port = parse_address(options.serve_address)
+        await server.start(host=host, port=port)
         async with serve_health(options.health_address, election=election, operator=operator):
             leading = asyncio.create_task(_lead(election, operator), name="leading")
             stopped = asyncio.create_task(stopping.wait(), name="stopping")
@@ -147,6 +165,7 @@ async def _serve(options: argparse.Namespace, settings: Settings) -> int:
                 await election.release()
             return code
     finally:
+        await server.close()
         await cluster.close()
 
 
@@ -189,5 +208,10 @@ def _parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--namespace", metavar="NAME", help="where the lease lies; default: this pod's namespace")
     parser.add_argument("--identity", metavar="NAME", help="name in the lease; default: host name and a random part")
     parser.add_argument("--health-address", metavar="HOST:PORT", default="127.0.0.1:8080")
+    parser.add_argument("--serve-address", metavar="HOST:PORT", default="127.0.0.1:8443", help="of the progress server")
+    folder = CertificateFiles.in_folder(_CERTIFICATE_FOLDER)
+    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", default=folder.certificate)
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", default=folder.key)
+    parser.add_argument("--tls-authority", type=Path, metavar="FILE", default=folder.authority)
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser.parse_args(argv)

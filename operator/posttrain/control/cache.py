@@ -8,16 +8,17 @@ An object is kept as compressed JSON: a pod has ten kilobytes of it, and finishe
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+
+import orjson
 
 from posttrain.control.kinds import TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
+from posttrain.control.wakes import fingerprint
 from posttrain.plan import labels
 from posttrain.plan.types import Manifest
 
@@ -25,21 +26,6 @@ RunKey = tuple[str, str]
 """Namespace and name of a run."""
 
 _TOMBSTONES = 20_000
-_SILENT_PROGRESS = frozenset(
-    {
-        "step",
-        "percentage",
-        "etaSeconds",
-        "epoch",
-        "metrics",
-        "history",
-        "phase",
-        "lastUpdatedTime",
-        "lastBeatTime",
-        "acknowledged",
-    }
-)
-"""What of `status.progress` no plan acts upon at once: the stall check reads the beat when its time has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +48,7 @@ class Cache:
         self._gone: OrderedDict[str, float] = OrderedDict()
         """By uid: the version at which an object was gone, infinite where it can never come back."""
         self._listed: set[Kind] = set()
+        self._unknown: set[Kind] = set()
 
     # --- Reading -----------------------------------------------------------------------------------------------------
 
@@ -87,6 +74,10 @@ class Cache:
         """Return whether a kind was listed once in full."""
         return kind in self._listed
 
+    def is_served(self, kind: Kind) -> bool:
+        """Return whether the cluster knew the kind when it was listed last."""
+        return kind in self._listed and kind not in self._unknown
+
     def count(self, kind: Kind) -> int:
         """Return how many objects of a kind are known."""
         return len(self._entries.get(kind, {}))
@@ -111,7 +102,7 @@ class Cache:
             known = None
         if run is None:
             return
-        wakes = _wakes(manifest)
+        wakes = fingerprint(manifest)
         self._entries[kind][key.namespace, key.name] = _Entry(uid, version, wakes, _pack(manifest))
         if kind != TRAINING_RUN:
             self._run_of[key] = run
@@ -149,6 +140,10 @@ class Cache:
                 self._bury(entry.uid, version=limit)
                 self._remove(ObjectKey(*kind, namespace, name))
         self._listed.add(kind)
+        if version is None:
+            self._unknown.add(kind)
+        else:
+            self._unknown.discard(kind)
 
     def _bury(self, uid: str, *, version: float) -> None:
         """Remember the dead: a late answer to a write of ours must not bring one back."""
@@ -180,24 +175,9 @@ def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:
 
 
 def _pack(manifest: Manifest) -> bytes:
-    return zlib.compress(json.dumps(manifest, separators=(",", ":")).encode(), level=1)
+    return zlib.compress(orjson.dumps(manifest), level=1)
 
 
 def _unpack(packed: bytes) -> Manifest:
-    manifest: Manifest = json.loads(zlib.decompress(packed))
+    manifest: Manifest = orjson.loads(zlib.decompress(packed))
     return manifest
-
-
-def _wakes(manifest: Manifest) -> int:
-    """Return a hash over what a plan may act upon: a beat of a run that trains must not set a plan in motion."""
-    metadata = manifest["metadata"]
-    about: dict[str, Any] = {
-        "metadata": [metadata.get(part) for part in ("generation", "deletionTimestamp", "labels", "ownerReferences")],
-        "status": manifest.get("status"),
-    }
-    if (manifest["apiVersion"], manifest["kind"]) == TRAINING_RUN:
-        progress = (manifest.get("status") or {}).get("progress") or {}
-        about["status"] = {name: value for name, value in progress.items() if name not in _SILENT_PROGRESS}
-    elif "generation" not in metadata:
-        about["content"] = {name: value for name, value in manifest.items() if name not in ("metadata", "status")}
-    return hash(json.dumps(about, sort_keys=True))

@@ -6,7 +6,6 @@ data, not as the library's models: an operator reads few of an object's fields. 
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import aiohttp
+import orjson
 from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
@@ -63,7 +63,9 @@ async def connect(*, kubeconfig: Path | None, connections: int = 32) -> KubeClus
         raise Unavailable(f"no cluster: {where} cannot be read ({error}). Name one with --kubeconfig FILE") from error
     configuration.connection_pool_maxsize = connections
     # A retry inside the client would hide an error from the queue's own backoff.
-    configuration.retries = 1
+    configuration.retries = None
+    # Else each request looks for a proxy and a .netrc of this machine's, in a thread.
+    configuration.client_session_kwargs = {"trust_env": False}
     return KubeCluster(client.ApiClient(configuration))
 
 
@@ -185,11 +187,11 @@ class KubeCluster:
         response = await self._open("GET", resource_path((api_version, kind)), query=query, timeout=timeout)
         try:
             async for line in _lines(response.content):
-                event: dict[str, Any] = json.loads(line)
+                event: dict[str, Any] = orjson.loads(line)
                 if event["type"] == "ERROR":
                     raise _error(event["object"].get("code", 500), event["object"], creates=False, retry_after=None)
                 yield WatchEvent(type=event["type"], object=event["object"])
-        except (aiohttp.ClientError, TimeoutError, OSError, json.JSONDecodeError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, orjson.JSONDecodeError) as error:
             raise Unavailable(f"the watch of {kind} broke: {_describe(error)}") from error
         finally:
             response.close()
@@ -211,7 +213,7 @@ class KubeCluster:
             method, path, query=query, body=body, content_type=content_type, creates=creates, timeout=timeout
         )
         try:
-            answer: Manifest = json.loads(await response.read())
+            answer: Manifest = orjson.loads(await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise Unavailable(f"{method} {path}: the answer broke off: {_describe(error)}") from error
         return answer
@@ -266,7 +268,7 @@ async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 def _status_of(text: bytes) -> dict[str, Any]:
     try:
-        status = json.loads(text)
+        status = orjson.loads(text)
     except ValueError:
         status = None
     return status if isinstance(status, dict) else {"message": text[:500].decode(errors="replace")}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from posttrain.api.base import API_VERSION
 from posttrain.api.training_run import KIND, PLURAL
+from posttrain.plan.kueue import API_VERSION as KUEUE
 
 Kind = tuple[str, str]
 """apiVersion and kind."""
@@ -20,6 +21,9 @@ EVENT: Kind = ("v1", "Event")
 NETWORK_POLICY: Kind = ("networking.k8s.io/v1", "NetworkPolicy")
 JOB: Kind = ("batch/v1", "Job")
 PYTORCHJOB: Kind = ("kubeflow.org/v1", "PyTorchJob")
+WORKLOAD: Kind = (KUEUE, "Workload")
+RESOURCE_FLAVOR: Kind = (KUEUE, "ResourceFlavor")
+WORKLOAD_PRIORITY_CLASS: Kind = (KUEUE, "WorkloadPriorityClass")
 LEASE: Kind = ("coordination.k8s.io/v1", "Lease")
 TOKEN_REVIEW: Kind = ("authentication.k8s.io/v1", "TokenReview")
 
@@ -33,12 +37,15 @@ PLURALS: dict[Kind, str] = {
     NETWORK_POLICY: "networkpolicies",
     JOB: "jobs",
     PYTORCHJOB: "pytorchjobs",
+    WORKLOAD: "workloads",
+    RESOURCE_FLAVOR: "resourceflavors",
+    WORKLOAD_PRIORITY_CLASS: "workloadpriorityclasses",
     LEASE: "leases",
     TOKEN_REVIEW: "tokenreviews",
 }
 
-CHILDREN: tuple[Kind, ...] = (PYTORCHJOB, JOB, POD, CONFIG_MAP, SERVICE_ACCOUNT, CLAIM, NETWORK_POLICY)
-"""What plans create, and the pods of it: watched by the label that all of them carry."""
+CHILDREN: tuple[Kind, ...] = (PYTORCHJOB, JOB, POD, CONFIG_MAP, SERVICE_ACCOUNT, CLAIM, NETWORK_POLICY, WORKLOAD)
+"""What plans create, and the pods of it: watched by the label that all of them carry. Kueue need not be installed."""
 
 
 def resource_path(kind: Kind, *, namespace: str = "", name: str = "", subresource: str = "") -> str:

@@ -26,8 +26,8 @@ log = structlog.get_logger(__name__)
 class LeaseTimes:
     """Seconds. `renew_deadline` leaves room, before `duration` is over, for the leading work to stop."""
 
-    duration: float = 10.0
-    renew_deadline: float = 6.0
+    duration: float = 12.0
+    renew_deadline: float = 8.0
     period: float = 2.0
 
 

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from datetime import UTC, datetime
 from typing import Protocol
 
 import structlog
 
+from posttrain.control.authority import Authority
 from posttrain.control.cache import Cache, RunKey
 from posttrain.control.kinds import CHILDREN, TRAINING_RUN, Kind
 from posttrain.control.port import Cluster, ClusterError, Unavailable
 from posttrain.control.queue import LoopClock, WorkQueue
+from posttrain.control.queues import QueueSetup
 from posttrain.control.reconciler import Reconciler
 from posttrain.control.reflector import Reflector
 from posttrain.plan import labels
 from posttrain.settings import Settings
 
 _POLL_SECONDS = 0.05
+_COALESCE_SECONDS = 0.1
+"""What happens to a run's pods comes in bursts: one look at the end of it sees all of it."""
 _LIST_BACKOFF_SECONDS = 2.0
 
 log = structlog.get_logger(__name__)
@@ -38,13 +43,20 @@ class Edge(Protocol):
 class Operator:
     """The leading work of one replica."""
 
-    def __init__(self, cluster: Cluster, *, settings: Settings, edge: Edge) -> None:
+    def __init__(self, cluster: Cluster, *, settings: Settings, edge: Edge, authority: Authority) -> None:
         self._cluster = cluster
         self._settings = settings
         self._edge = edge
         self.queue: WorkQueue[RunKey] = WorkQueue(clock=LoopClock())
-        self.cache = Cache(on_change=self.queue.add)
-        self._reconciler = Reconciler(cluster, self.cache, settings=settings, clock=lambda: datetime.now(UTC))
+        self.cache = Cache(on_change=lambda run: self.queue.add_after(run, _COALESCE_SECONDS))
+        self._reconciler = Reconciler(
+            cluster,
+            self.cache,
+            settings=settings,
+            authority=authority,
+            queues=QueueSetup(cluster, monotonic=time.monotonic),
+            clock=lambda: datetime.now(UTC),
+        )
         self._ready = False
 
     def missing(self) -> list[str]:
@@ -56,10 +68,9 @@ class Operator:
 
     async def run(self) -> None:
         """Work until cancelled; a task that ends by an error ends all of them."""
-        time = asyncio.get_running_loop().time
         async with asyncio.TaskGroup() as tasks:
             for kind in CHILDREN:
-                tasks.create_task(self._reflector(kind).run(time=time), name=f"reflector-{kind[1]}")
+                tasks.create_task(self._reflector(kind).run(time=time.monotonic), name=f"reflector-{kind[1]}")
             tasks.create_task(self._list_runs(), name="resync")
             tasks.create_task(self._edge.run(self.cache), name="edge")
             # Until everything was listed once, a child that exists looks like one that does not.

@@ -6,21 +6,22 @@ is the plan's. What is kept in memory, objects that stand in the way, is found a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import orjson
 import structlog
 from pydantic import ValidationError
 
 from posttrain.api.training_run import TrainingRun
 from posttrain.api.validate import parse_training_run
+from posttrain.control.authority import Authority, ForeignAuthority
 from posttrain.control.cache import Cache, RunKey
 from posttrain.control.drift import has_drifted
 from posttrain.control.events import build_event
-from posttrain.control.kinds import CONFIG_MAP, POD, PYTORCHJOB, TRAINING_RUN
+from posttrain.control.kinds import CONFIG_MAP, EVENT, POD, PYTORCHJOB, TRAINING_RUN, WORKLOAD
 from posttrain.control.observe import Belongings, is_of_run, sort_belongings
 from posttrain.control.port import (
     MANAGER,
@@ -32,11 +33,14 @@ from posttrain.control.port import (
     ObjectKey,
     Rejected,
 )
+from posttrain.control.queues import QueueSetup
 from posttrain.errors import InvalidResource, Problem
 from posttrain.plan import labels, names
-from posttrain.plan.manifests import is_live
+from posttrain.plan.kueue import parse_workload, workload_ref
+from posttrain.plan.manifests import is_live, is_of_attempt, parse_time
+from posttrain.plan.pytorchjob import job_ref, parse_job_state
 from posttrain.plan.training_run import plan_training_run
-from posttrain.plan.types import Event, Manifest, ObjectRef, Observed, Plan
+from posttrain.plan.types import Event, Manifest, ObjectRef, Observed, Plan, StatusPatch
 from posttrain.plan.unreadable import status_of_unreadable
 from posttrain.settings import Settings
 
@@ -45,6 +49,9 @@ _ROUNDS = 5
 _OBSTACLE_SECONDS = 30.0
 _REFERENCE_SECONDS = 15.0
 _PREDECESSOR_SECONDS = 2.0
+_MADE_SECONDS = 1.0
+_PATIENCE = timedelta(seconds=30)
+"""How long a job may take to make its pods before its events are asked why."""
 
 log = structlog.get_logger(__name__)
 
@@ -74,11 +81,15 @@ class Reconciler:
         cache: Cache,
         *,
         settings: Settings,
+        authority: Authority,
+        queues: QueueSetup,
         clock: Callable[[], datetime],
     ) -> None:
         self._cluster = cluster
         self._cache = cache
         self._settings = settings
+        self._authority = authority
+        self._queues = queues
         self._clock = clock
         self._obstacles: dict[RunKey, _Obstacles] = {}
 
@@ -120,18 +131,7 @@ class Reconciler:
         made = await self._carry_out(run, plan, belongings, obstacles)
         written = await self._write_status(manifest, _status_data(plan))
         await self._tell(written, plan.events)
-        if made:
-            # Nobody tells of what was made here, and deadlines count from when it was.
-            return 0.0
-        return self._look_again(plan, obstacles, waits_for_code=_waits_for_code(run, plan, belongings))
-
-    def _look_again(self, plan: Plan, obstacles: _Obstacles, *, waits_for_code: bool) -> float | None:
-        waits = [plan.requeue_after] if plan.requeue_after is not None else []
-        if len(obstacles):
-            waits.append(_OBSTACLE_SECONDS)
-        if waits_for_code:
-            waits.append(_REFERENCE_SECONDS)
-        return min(waits, default=None)
+        return _look_again(run, plan, belongings, obstacles, made=made)
 
     # --- Observing ---------------------------------------------------------------------------------------------------
 
@@ -142,7 +142,21 @@ class Reconciler:
             foreign=belongings.foreign | obstacles.foreign,
             rejected=obstacles.rejected,
             config_maps=await self._own_code(run, belongings),
+            job_events=await self._job_events(run, belongings),
+            kueue=self._cache.is_served(WORKLOAD),
+            flavors=await self._queues.flavors(_flavors_of(run, belongings)),
+            priorities=await self._queues.priorities(_priority_classes_of(run)),
         )
+
+    async def _job_events(self, run: TrainingRun, belongings: Belongings) -> tuple[Manifest, ...]:
+        """Return the events of a job whose pods are not made: only there does the training operator say why."""
+        job = _job_without_pods(run, belongings)
+        if job is None or self._clock() - _created(job) < _PATIENCE:
+            return ()
+        found = await self._cluster.list(
+            *EVENT, namespace=run.metadata.namespace, field_selector=f"involvedObject.uid={job['metadata']['uid']}"
+        )
+        return tuple(found.items)
 
     async def _own_code(self, run: TrainingRun, belongings: Belongings) -> dict[str, dict[str, str]]:
         """Return the data of the ConfigMap that the spec names, until the run has a snapshot of it."""
@@ -167,7 +181,11 @@ class Reconciler:
         """Delete, create and repair what the plan says; return whether something was created."""
         for ref in plan.deletes:
             await self._delete(run, belongings.objects[ref])
+        for patch in plan.patches:
+            await self._patch(run, patch)
         known, made = len(obstacles), False
+        if plan.objects:
+            await self._bring_authority(run, obstacles)
         for wanted in plan.objects:
             observed = belongings.objects.get(ObjectRef.of(wanted))
             if observed is None:
@@ -179,6 +197,14 @@ class Reconciler:
             raise _Changed("a child could not be made")
         return made
 
+    async def _bring_authority(self, run: TrainingRun, obstacles: _Obstacles) -> None:
+        """See that the run's pods find the authority that they check the progress server against."""
+        ref = ObjectRef(*CONFIG_MAP, self._settings.progress_server.ca_config_map)
+        try:
+            await self._authority.ensure(run.metadata.namespace)
+        except (ForeignAuthority, Rejected) as error:
+            obstacles.rejected[ref] = str(error)
+
     async def _delete(self, run: TrainingRun, child: Manifest) -> None:
         key = ObjectKey(child["apiVersion"], child["kind"], run.metadata.namespace, child["metadata"]["name"])
         try:
@@ -187,6 +213,16 @@ class Reconciler:
             await self._refresh(key)
             raise _Changed(str(error)) from error
         log.info("deleted", run=_name(run), kind=key.kind, name=key.name)
+
+    async def _patch(self, run: TrainingRun, patch: StatusPatch) -> None:
+        key = ObjectKey(patch.ref.api_version, patch.ref.kind, run.metadata.namespace, patch.ref.name)
+        try:
+            patched = await self._cluster.patch(key, patch.payload, subresource=patch.subresource)
+        except (Conflict, NotFound) as error:
+            await self._refresh(key)
+            raise _Changed(str(error)) from error
+        self._cache.put(patched, own=True)
+        log.info("patched", run=_name(run), kind=key.kind, name=key.name)
 
     async def _create(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
         """Create a child. By POST, so that an object of its name that somebody made a moment ago is never touched."""
@@ -313,21 +349,66 @@ def _parse(manifest: Manifest) -> TrainingRun:
     metadata = {name: value for name, value in manifest["metadata"].items() if name != "managedFields"}
     stored = {**manifest, "metadata": metadata}
     try:
-        return TrainingRun.model_validate_json(json.dumps(stored), by_alias=True, by_name=False)
+        return TrainingRun.model_validate_json(orjson.dumps(stored), by_alias=True, by_name=False)
     except ValidationError as error:
         # The same words that a person gets who validates the file.
         parse_training_run({name: value for name, value in stored.items() if name != "status"})
         raise InvalidResource(tuple(Problem(path="status", message=item["msg"]) for item in error.errors())) from None
 
 
+def _look_again(
+    run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles, *, made: bool
+) -> float | None:
+    """Return after how many seconds to look again: what a run waits for is not always watched."""
+    waits = [plan.requeue_after] if plan.requeue_after is not None else []
+    if len(obstacles):
+        waits.append(_OBSTACLE_SECONDS)
+    if made:
+        # Nobody tells of what was made here, and deadlines count from when it was.
+        waits.append(_MADE_SECONDS)
+    if _waits_for_reference(run, plan, belongings):
+        waits.append(_REFERENCE_SECONDS)
+    if _job_without_pods(run, belongings) is not None:
+        waits.append(_PATIENCE.total_seconds())
+    return min(waits, default=None)
+
+
+def _job_without_pods(run: TrainingRun, belongings: Belongings) -> Manifest | None:
+    """Return the job of the current attempt, where not all of its pods are there."""
+    attempt = run.status.attempt or 0
+    job = belongings.objects.get(job_ref(run.metadata.name, attempt=attempt))
+    pods = sum(1 for pod in belongings.pods if is_of_attempt(pod, attempt))
+    if job is None or pods >= run.spec.resources.num_nodes or parse_job_state(job).phase != "Pending":
+        return None
+    return job
+
+
+def _created(manifest: Manifest) -> datetime:
+    return parse_time(manifest["metadata"].get("creationTimestamp")) or datetime.now(UTC)
+
+
+def _flavors_of(run: TrainingRun, belongings: Belongings) -> tuple[str, ...]:
+    """Return the flavors that quota is reserved in."""
+    workload = belongings.objects.get(workload_ref(run.metadata.name))
+    return parse_workload(workload).flavors if workload is not None else ()
+
+
+def _priority_classes_of(run: TrainingRun) -> tuple[str, ...]:
+    name = run.spec.resources.workload_priority_class
+    return (name,) if name is not None and run.spec.resources.queue_name is not None else ()
+
+
 def _code_ref(run: TrainingRun) -> ObjectRef:
     return ObjectRef(*CONFIG_MAP, names.code_name(run.metadata.name))
 
 
-def _waits_for_code(run: TrainingRun, plan: Plan, belongings: Belongings) -> bool:
-    """Return whether a ConfigMap that nobody watches decides how the run goes on: its snapshot is not made yet."""
-    ended = plan.status is not None and plan.status.completion_time is not None
-    return run.spec.code is not None and not ended and not plan.objects and _code_ref(run) not in belongings.objects
+def _waits_for_reference(run: TrainingRun, plan: Plan, belongings: Belongings) -> bool:
+    """Return whether something that nobody watches may decide how the run goes on: own code, or Kueue's set-up."""
+    if plan.objects or plan.status is None or plan.status.completion_time is not None:
+        return False
+    if run.spec.resources.queue_name is not None:
+        return True
+    return run.spec.code is not None and _code_ref(run) not in belongings.objects
 
 
 def _status_data(plan: Plan) -> dict[str, Any]:

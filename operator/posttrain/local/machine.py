@@ -65,6 +65,7 @@ def local_settings(machine: Machine, *, profile: str | None = None, num_nodes: i
     return Settings(
         profiles={name: own for name in ("default", profile) if name is not None},
         allow_file_sources=True,
+        queues=False,
         prepare_cpu=str(machine.cpus),
         prepare_memory=str(machine.memory_bytes),
     )

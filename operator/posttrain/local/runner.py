@@ -223,6 +223,7 @@ class Execution:
         before = self._store.run.status
         observed = self._cluster.observe()
         plan = plan_training_run(self._store.run, observed, now=_now(), settings=settings)
+        assert not plan.patches, "nobody else's controller keeps a status on this machine"
         for ref in plan.deletes:
             self._cluster.delete(ref)
         for manifest in plan.objects:

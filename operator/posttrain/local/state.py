@@ -185,11 +185,20 @@ def _refusal(folder: RunFolder) -> str:
 
 
 def find_spec_changes(old: TrainingRunSpec, new: TrainingRunSpec) -> list[str]:
-    """Return the dotted paths of the fields in which two specs differ and must not; empty where none do."""
-    if config_hash(old) == config_hash(new):
+    """Return the dotted paths of the fields in which two specs differ and must not; empty where none do.
+
+    On one machine there is no quota to wait for, so the gang's shape is as fixed as the rest.
+    """
+    if config_hash(old) == config_hash(new) and _shape(old) == _shape(new):
         return []
-    before, after = _flatten(immutable_spec(old), path="spec"), _flatten(immutable_spec(new), path="spec")
+    before = {**_flatten(immutable_spec(old), path="spec"), **_shape(old)}
+    after = {**_flatten(immutable_spec(new), path="spec"), **_shape(new)}
     return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+
+
+def _shape(spec: TrainingRunSpec) -> dict[str, Any]:
+    resources = spec.resources
+    return {"spec.resources.numNodes": resources.num_nodes, "spec.resources.profile": resources.profile}
 
 
 def refuse_changed_spec(folder: RunFolder, *, changes: list[str]) -> UserError:

@@ -166,7 +166,7 @@ def detail_lines(run: TrainingRun, *, executed: bool, now: datetime) -> list[str
         ]
     if status.conditions:
         lines += ["", "Conditions:"]
-        lines += [f"  {c.type:<11} {c.status:<8} {c.reason:<20} {_first_line(c.message)}" for c in status.conditions]
+        lines += [f"  {c.type:<13} {c.status:<8} {c.reason:<20} {_first_line(c.message)}" for c in status.conditions]
     return [line.rstrip() for line in lines]
 
 

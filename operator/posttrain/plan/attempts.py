@@ -269,7 +269,8 @@ def _disruption(pod: Manifest) -> tuple[str, str, datetime | None] | None:
     target = pod_condition(pod, "DisruptionTarget")
     if target is not None and target.get("status") == "True":
         reason = "NodeLost" if target.get("reason") in _NODE_GONE else "Evicted"
-        detail = target.get("message") or target.get("reason") or REASONS[reason].message
+        told = target.get("message") or status.get("message") or target.get("reason")
+        detail = told or REASONS[reason].message
         return reason, detail, parse_time(target.get("lastTransitionTime"))
     if status.get("reason") == "Evicted":
         return "Evicted", status.get("message") or REASONS["Evicted"].message, None

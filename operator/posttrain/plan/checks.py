@@ -76,6 +76,6 @@ def _pod_overrides(spec: TrainingRunSpec) -> list[Problem]:
             problems.append(Problem(path=f"spec.podOverrides.env[{i}].name", message=message))
     for key in overrides.labels or {}:
         if key.startswith(RESERVED_PREFIXES):
-            message = "is a label by which posttrain or Kubeflow finds its pods: choose another key"
+            message = "is a label by which posttrain, Kubeflow or Kueue finds its pods: choose another key"
             problems.append(Problem(path=f"spec.podOverrides.labels.{key}", message=message))
     return problems

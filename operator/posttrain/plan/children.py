@@ -5,9 +5,12 @@ It owns the sets and their order; it must not decide when they are wanted.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from posttrain.contract.config import GangShape, RunIdentity, TrainingConfig
 from posttrain.plan import names
 from posttrain.plan.deepspeed import STAGES, build_deepspeed_config
+from posttrain.plan.kueue import Ask, build_assignment, build_workload, missing_flavors, workload_ref
 from posttrain.plan.objects import (
     build_claim,
     build_code_config_map,
@@ -20,7 +23,7 @@ from posttrain.plan.prepare_job import build_prepare_job, prepare_ref
 from posttrain.plan.pytorchjob import build_pytorchjob, job_ref
 from posttrain.plan.quantities import parse_quantity
 from posttrain.plan.situation import CONFIG_MAP, Situation
-from posttrain.plan.trainer_pod import PodInputs
+from posttrain.plan.trainer_pod import Assignment, PodInputs
 from posttrain.plan.types import Manifest, ObjectRef
 
 CLAIM = "v1", "PersistentVolumeClaim"
@@ -67,7 +70,28 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
         config=_config(situation, attempt=attempt),
         deepspeed=build_deepspeed_config(spec.parallelism) if zero else None,
     )
-    return config_map, build_pytorchjob(_pod_inputs(situation, attempt=attempt))
+    inputs = replace(_pod_inputs(situation, attempt=attempt), assignment=_assignment(situation))
+    return config_map, build_pytorchjob(inputs)
+
+
+def build_run_workload(situation: Situation, *, ask: Ask) -> Manifest:
+    """Return the Workload that asks for the current attempt's quota.
+
+    A priority that Kueue has taken over from the class is kept: it follows the class from then on.
+    """
+    workload, wanted = situation.workload, situation.run.spec.resources.workload_priority_class
+    priority = situation.observed.priorities.get(wanted) if wanted is not None else None
+    if workload is not None and workload.priority_class == wanted and workload.priority is not None:
+        priority = workload.priority
+    inputs = _pod_inputs(situation, attempt=situation.attempt)
+    return build_workload(inputs, ask=ask, priority_class=wanted, priority=priority)
+
+
+def _assignment(situation: Situation) -> Assignment:
+    workload, flavors = situation.workload, situation.observed.flavors
+    if workload is None or missing_flavors(workload, flavors):
+        return Assignment()
+    return build_assignment(workload, flavors)
 
 
 def child_refs(situation: Situation) -> frozenset[ObjectRef]:
@@ -76,6 +100,8 @@ def child_refs(situation: Situation) -> frozenset[ObjectRef]:
     refs = {ObjectRef.of(child) for child in run_children(situation)}
     refs |= {*prepare_refs(situation), job_ref(situation.name, attempt=attempt)}
     refs.add(ObjectRef(*CONFIG_MAP, names.attempt_name(situation.name, attempt=attempt)))
+    if situation.ask is not None:
+        refs.add(workload_ref(situation.name))
     return frozenset(refs)
 
 

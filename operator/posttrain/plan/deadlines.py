@@ -18,9 +18,13 @@ def active_deadline(situation: Situation) -> datetime | None:
 
 
 def pending_deadline(situation: Situation) -> datetime | None:
-    """Return when the gang must run: pendingDeadlineSeconds after its job was made; None once it ran."""
-    seconds, since = situation.run.spec.pending_deadline_seconds, situation.status.attempt_created_time
-    if seconds is None or since is None or situation.status.attempt_running_time is not None:
+    """Return when the gang must run: pendingDeadlineSeconds after its wait for quota, else its job, began.
+
+    None once it ran.
+    """
+    seconds, status = situation.run.spec.pending_deadline_seconds, situation.status
+    since = status.attempt_queued_time or status.attempt_created_time
+    if seconds is None or since is None or status.attempt_running_time is not None:
         return None
     return since + timedelta(seconds=seconds)
 

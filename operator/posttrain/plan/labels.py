@@ -14,6 +14,9 @@ RUN = "posttrain.dev/run"
 ATTEMPT = "posttrain.dev/attempt"
 """The attempt a pod or ConfigMap belongs to (prepare: 0): a late pod of an ended attempt is told from a new one."""
 
+PROFILE = "posttrain.dev/profile"
+"""The profile whose resources a Workload asks for (empty: the default one): another one is asked for anew."""
+
 ROLE = "posttrain.dev/role"
 """What a pod does: prepare or trainer."""
 
@@ -25,7 +28,13 @@ MANAGER = "posttrain"
 ROLE_PREPARE = "prepare"
 ROLE_TRAINER = "trainer"
 
-RESERVED_PREFIXES = (PREFIX, "training.kubeflow.org/", "kubeflow.org/", "app.kubernetes.io/managed-by")
+RESERVED_PREFIXES = (
+    PREFIX,
+    "training.kubeflow.org/",
+    "kubeflow.org/",
+    "kueue.x-k8s.io/",
+    "app.kubernetes.io/managed-by",
+)
 """Label keys that pod overrides may not touch: somebody selects pods by them."""
 
 

@@ -39,6 +39,11 @@ def code_name(run: str) -> str:
     return f"{run}-code"
 
 
+def workload_name(run: str) -> str:
+    """Return the name of the Workload that asks for the run's quota."""
+    return run
+
+
 def prepare_name(run: str) -> str:
     """Return the name of prepare's Job and of its ConfigMap."""
     return f"{run}-prepare"

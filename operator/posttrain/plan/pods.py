@@ -5,6 +5,10 @@ It owns the reading of waiting pods; it must not decide what follows from the wa
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from posttrain.plan import names
 from posttrain.plan.attempts import Gang
 from posttrain.plan.manifests import pod_condition, pod_phase
 from posttrain.plan.status import Says
@@ -12,16 +16,43 @@ from posttrain.plan.types import Manifest
 
 _PULL_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 _VOLUME_WORDS = ("PersistentVolumeClaim", "persistentvolumeclaim", "volume node affinity", "volume")
+_NOT_CREATED = "FailedCreate"
+"""Beginning of the reasons with which the training operator says that it could not create a pod or its service."""
+_OVER_QUOTA = "exceeded quota"
+"""In every refusal by a ResourceQuota (k8s.io/apiserver, admission/plugin/resourcequota)."""
 
 
-def explain_waiting(gang: Gang) -> Says:
+def explain_waiting(gang: Gang, *, job_events: Iterable[Manifest] = ()) -> Says:
     """Return why not every pod of the gang runs: the first obstacle found, else how many run."""
+    if len(gang.pods) < gang.size:
+        refused = _not_created(gang, job_events)
+        if refused is not None:
+            return refused
     for pod in gang.pods:
         obstacle = _unscheduled(pod) or _unpulled(pod)
         if obstacle is not None:
             return obstacle
     ready = sum(1 for pod in gang.pods if pod_phase(pod) == "Running")
     return Says("False", "PodsStarting", f"{ready} of {gang.size} pods run")
+
+
+def _not_created(gang: Gang, job_events: Iterable[Manifest]) -> Says | None:
+    """Return why pods are missing: only an Event about the job tells of a pod that the API server refused."""
+    job = names.attempt_name(gang.run, attempt=gang.attempt)
+    about = [event for event in job_events if (event.get("involvedObject") or {}).get("name") == job]
+    refusals = [event for event in about if str(event.get("reason") or "").startswith(_NOT_CREATED)]
+    if not refusals:
+        return None
+    message = str(max(refusals, key=_last_seen).get("message") or "").removeprefix("Error creating: ")
+    told = f"{gang.size - len(gang.pods)} of {gang.size} pods cannot be created: {message}"
+    return Says("False", "QuotaExceeded" if _OVER_QUOTA in message else "PodsNotCreated", told)
+
+
+def _last_seen(event: Mapping[str, Any]) -> str:
+    """Return when an event was last seen; RFC 3339 in UTC, so that the texts are in the order of the times."""
+    series = event.get("series") or {}
+    seen = series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
+    return str(seen or event["metadata"].get("creationTimestamp") or "")
 
 
 def _unscheduled(pod: Manifest) -> Says | None:

@@ -18,6 +18,7 @@ from posttrain.errors import Problem
 from posttrain.plan import labels, names, sources
 from posttrain.plan.attempts import Gang
 from posttrain.plan.checks import find_spec_problems
+from posttrain.plan.kueue import Ask, WorkloadState, parse_workload, workload_ref
 from posttrain.plan.manifests import is_live, is_of_attempt, pods_of_role
 from posttrain.plan.objects import code_files
 from posttrain.plan.pytorchjob import job_ref, parse_job_state
@@ -84,10 +85,11 @@ class Situation:
 
     @cached_property
     def profile(self) -> Profile:
-        """The profile: as pinned by the first attempt, else as the settings have it now."""
-        if self.provenance.profile is not None:
-            return Profile.model_validate(self.provenance.profile)
-        return self.settings.profiles[self.run.spec.resources.profile or self.settings.default_profile]
+        """The profile: as pinned, else (or where the spec has another one since) as the settings have it now."""
+        pinned, name = self.provenance, self.run.spec.resources.profile
+        if pinned.profile is not None and pinned.profile_name == name:
+            return Profile.model_validate(pinned.profile)
+        return self.settings.profiles[name or self.settings.default_profile]
 
     @property
     def image(self) -> str:
@@ -148,6 +150,32 @@ class Situation:
             first_error=progress.first_error if progress else None,
             result=progress.result if progress else None,
         )
+
+    @property
+    def ask(self) -> Ask | None:
+        """What the run asks its queue for; None without a queue, and where there are none."""
+        resources = self.run.spec.resources
+        if resources.queue_name is None or not self.settings.queues:
+            return None
+        return Ask(queue=resources.queue_name, nodes=resources.num_nodes, profile=resources.profile or "")
+
+    @cached_property
+    def workload(self) -> WorkloadState | None:
+        """The Workload that asks for the run's quota."""
+        manifest = self.observed.objects.get(workload_ref(self.name))
+        return parse_workload(manifest) if manifest is not None else None
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether a gang may be there: it needs no quota, or has just what it needs."""
+        workload, ask = self.workload, self.ask
+        return workload is None if ask is None else workload is not None and workload.admitted and workload.ask == ask
+
+    @cached_property
+    def holds_gang(self) -> bool:
+        """Whether anything of a gang is there that runs, or from which pods may still be made."""
+        pending = self.gang.job is not None and self.gang.job.phase == "Pending"
+        return bool(self.live_trainer_pods) or pending or any(ref.kind == "PyTorchJob" for ref in self.old_children)
 
     @property
     def was_created(self) -> bool:

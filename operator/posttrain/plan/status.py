@@ -19,10 +19,13 @@ from posttrain.plan.attempts import gang_hash
 from posttrain.plan.manifests import container_status
 from posttrain.plan.situation import Situation
 from posttrain.plan.trainer_pod import TRAINER_CONTAINER
-from posttrain.plan.types import Event, Manifest, ObjectRef
+from posttrain.plan.types import Event, Manifest, ObjectRef, StatusPatch
 from posttrain.plan.usage import carry_usage
 
 _BRIEF_LENGTH = 240
+_QUOTA_EVENTS = frozenset(
+    {"QuotaReserved", "Preempted", "QuotaLost", "QueueUnavailable", "WorkloadDeactivated", "KueueMissing"}
+)
 _DIGEST = re.compile(r"(?:[a-z-]+://)?(?P<image>[^@\s]+@sha256:[0-9a-f]{64})")
 
 
@@ -46,6 +49,7 @@ class Verdict:
     succeeded: Says
     accepted: Says | None = None
     prepared: Says | None = None
+    quota_reserved: Says | None = None
     pods_ready: Says | None = None
     finished: bool = False
     stalled: bool = False
@@ -53,6 +57,7 @@ class Verdict:
     changes: Mapping[str, Any] = field(default_factory=dict)
     objects: tuple[Manifest, ...] = ()
     deletes: tuple[ObjectRef, ...] = ()
+    patches: tuple[StatusPatch, ...] = ()
     deadlines: tuple[datetime, ...] = ()
     commit: bool = False
     delete_run: bool = False
@@ -77,6 +82,10 @@ def carry_facts(situation: Situation) -> TrainingRunStatus:
 def _times_of_attempt(situation: Situation) -> dict[str, Any]:
     status, gang, now = situation.status, situation.gang, situation.now
     times: dict[str, Any] = {}
+    workload = situation.workload
+    waits = situation.ask is not None and workload is not None and not workload.reserved
+    if waits and workload is not None and not situation.was_created and status.attempt_queued_time is None:
+        times["attempt_queued_time"] = workload.pending_since or now
     if gang.job is not None and status.attempt_created_time is None:
         times["attempt_created_time"] = gang.job.created or now
     if gang.runs and status.gang_hash is None:
@@ -139,9 +148,8 @@ def _conditions(situation: Situation, verdict: Verdict) -> list[Condition]:
     said: dict[str, Says | None] = {
         conditions.ACCEPTED: verdict.accepted,
         conditions.PREPARED: verdict.prepared,
-        conditions.PODS_READY: replace(verdict.pods_ready, message=_brief(verdict.pods_ready.message))
-        if verdict.pods_ready
-        else None,
+        conditions.QUOTA_RESERVED: _in_brief(verdict.quota_reserved),
+        conditions.PODS_READY: _in_brief(verdict.pods_ready),
         conditions.SUCCEEDED: succeeded,
         conditions.FINISHED: settled if verdict.finished else under_way,
         conditions.READY: settled if succeeded.status == "True" else under_way,
@@ -165,6 +173,10 @@ def _conditions(situation: Situation, verdict: Verdict) -> list[Condition]:
     return told
 
 
+def _in_brief(says: Says | None) -> Says | None:
+    return replace(says, message=_brief(says.message)) if says is not None else None
+
+
 def _brief(message: str) -> str:
     first = message.partition("\n")[0]
     return first if len(first) <= _BRIEF_LENGTH else first[: _BRIEF_LENGTH - 2] + " …"
@@ -182,8 +194,11 @@ def derive_events(before: TrainingRunStatus, after: TrainingRunStatus) -> tuple[
     if accepted is not None:
         events.append(_event(accepted, good=accepted.status == "True"))
     prepared = _news(before, after, conditions.PREPARED)
-    if prepared is not None and prepared.status == "True":
+    if prepared is not None and prepared.reason == "Prepared":
         events.append(_event(prepared, good=True))
+    quota = _news(before, after, conditions.QUOTA_RESERVED)
+    if quota is not None and quota.reason in _QUOTA_EVENTS:
+        events.append(_event(quota, good=quota.status == "True"))
     pods_ready = _news(before, after, conditions.PODS_READY)
     if pods_ready is not None and pods_ready.status == "True":
         events.append(_event(pods_ready, good=True))

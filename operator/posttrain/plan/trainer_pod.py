@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.api.training_run import TrainingRun
@@ -61,6 +61,16 @@ _RESERVED_ENV = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a queue asks of the pods that use the quota reserved in it: where they run, and how they are marked."""
+
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: tuple[Mapping[str, Any], ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PodInputs:
     """Everything that the pods of one attempt are made from."""
 
@@ -73,6 +83,7 @@ class PodInputs:
     code: list[dict[str, str]] | None
     """`items` of the code volume (empty: whatever the ConfigMap holds); None without own code."""
     avoided_nodes: tuple[str, ...] = ()
+    assignment: Assignment = Assignment()
 
 
 def is_reserved_variable(name: str) -> bool:
@@ -85,9 +96,12 @@ def build_trainer_template(inputs: PodInputs) -> dict[str, Any]:
     run, profile = inputs.run, inputs.profile
     overrides = run.spec.pod_overrides
     own_labels = labels.pod_labels(run.metadata.name, attempt=inputs.attempt, role=labels.ROLE_TRAINER)
-    metadata: dict[str, Any] = {"labels": {**(overrides.labels or {} if overrides else {}), **own_labels}}
-    if overrides and overrides.annotations:
-        metadata["annotations"] = dict(overrides.annotations)
+    assigned = inputs.assignment
+    given = (overrides.labels if overrides else None) or {}
+    annotations = {**((overrides.annotations if overrides else None) or {}), **assigned.annotations}
+    metadata: dict[str, Any] = {"labels": {**given, **assigned.labels, **own_labels}}
+    if annotations:
+        metadata["annotations"] = annotations
     shared_memory = run.spec.resources.shared_memory or profile.shared_memory or _memory(inputs)
     spec = _pod_spec(
         inputs,
@@ -265,12 +279,17 @@ def _placement(inputs: PodInputs) -> dict[str, Any]:
     profile, resources = inputs.profile, inputs.run.spec.resources
     overrides = inputs.run.spec.pod_overrides
     placement: dict[str, Any] = {}
-    node_selector = {**profile.node_selector, **(overrides.node_selector or {} if overrides else {})}
+    node_selector = {
+        **profile.node_selector,
+        **(overrides.node_selector or {} if overrides else {}),
+        **inputs.assignment.node_selector,
+    }
     if node_selector:
         placement["nodeSelector"] = node_selector
     tolerations = [t.model_dump(by_alias=True, exclude_none=True) for t in profile.tolerations]
     if overrides and overrides.tolerations:
         tolerations += [t.to_data() for t in overrides.tolerations]
+    tolerations += [dict(t) for t in inputs.assignment.tolerations if t not in tolerations]
     if tolerations:
         placement["tolerations"] = tolerations
     affinity = _affinity(inputs)

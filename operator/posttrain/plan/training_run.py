@@ -24,6 +24,7 @@ from posttrain.api.training_run_status import FailureStatus, ModelStatus, Proven
 from posttrain.plan.attempts import NON_FINITE, Cause, completed_result, find_cause, settling_until
 from posttrain.plan.children import (
     attempt_children,
+    build_run_workload,
     child_refs,
     prepare_children,
     prepare_refs,
@@ -31,9 +32,10 @@ from posttrain.plan.children import (
 )
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.objects import code_hash
-from posttrain.plan.pods import explain_waiting
 from posttrain.plan.preparation import Preparation, is_needed, judge_preparation
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
+from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
+from posttrain.plan.quota import end_workload, withdraw
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import is_commit
 from posttrain.plan.status import Says, Verdict, carry_facts, derive_events, next_status
@@ -43,11 +45,13 @@ from posttrain.plan.verdicts import (
     accept,
     begin_attempt,
     charge,
+    explain_gang,
     fail,
     finish,
     go_on,
     holding_refs,
     old_refs,
+    pin_profile,
     pin_spec,
     present_refs,
     refuse,
@@ -75,6 +79,7 @@ def plan_training_run(run: TrainingRun, observed: Observed, *, now: datetime, se
     return Plan(
         objects=() if committing else verdict.objects,
         deletes=() if committing else verdict.deletes,
+        patches=() if committing else verdict.patches,
         delete_run=verdict.delete_run and not committing,
         status=status,
         requeue_after=0.0 if committing else min(waits, default=None),
@@ -85,13 +90,15 @@ def plan_training_run(run: TrainingRun, observed: Observed, *, now: datetime, se
 def preview_training_run(run: TrainingRun, *, now: datetime, settings: Settings) -> tuple[Manifest, ...]:
     """Return every object that a run begins with: its own, prepare's, the first attempt's.
 
-    Revisions that prepare would resolve stand in the first attempt's config as they are written in the spec.
+    Revisions that prepare would resolve stand in the first attempt's config as they are written in the spec. Only a
+    cluster knows the number of a workloadPriorityClass, and what the flavors of a queue ask of the pods.
     """
     observed = Observed(config_maps={})
     situation = Situation(run=run, status=run.status, observed=observed, now=now, settings=settings)
     prepare = prepare_children(situation) if is_needed(situation) else ()
     first = replace(situation, status=run.status.model_copy(update={"attempt": 1}))
-    return (*run_children(situation), *prepare, *attempt_children(first))
+    workload = (build_run_workload(first, ask=first.ask),) if first.ask is not None else ()
+    return (*run_children(situation), *prepare, *workload, *attempt_children(first))
 
 
 def _carried(situation: Situation) -> Situation:
@@ -118,6 +125,7 @@ def finished(situation: Situation) -> Verdict | None:
         succeeded=Says("Unknown", "Pending"),
         keep_conditions=True,
         deletes=holding_refs(situation),
+        patches=end_workload(situation, good=stage == "Succeeded"),
         deadlines=(expires,) if expires is not None else (),
         delete_run=expires is not None and expires <= situation.now,
     )
@@ -164,10 +172,9 @@ def name_conflict(situation: Situation) -> Verdict | None:
 def child_rejected(situation: Situation) -> Verdict | None:
     """The API server, a webhook or a quota refuses an object that the run needs."""
     rejected = situation.observed.rejected
-    refs = sorted(child_refs(situation) & rejected.keys())
-    if not refs:
+    if not rejected:
         return None
-    message = "\n".join(f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in refs)
+    message = "\n".join(f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in sorted(rejected))
     return refuse(situation, "ChildRejected", message)
 
 
@@ -264,9 +271,14 @@ def first_attempt(situation: Situation) -> Verdict | None:
     """Everything is prepared: the run is pinned as it is now, and its first attempt begins."""
     if situation.attempt:
         return None
-    profile = situation.profile.model_dump(mode="json", by_alias=True, exclude_none=True)
-    provenance = _with_commits(situation, judge_preparation(situation)).model_copy(
-        update={"image_digests": {"trainer": situation.image}, "profile": profile}
+    commits = _with_commits(situation, judge_preparation(situation))
+    pinned = pin_profile(situation)
+    provenance = commits.model_copy(
+        update={
+            "image_digests": {"trainer": situation.image},
+            "profile": pinned.profile,
+            "profile_name": pinned.profile_name,
+        }
     )
     return begin_attempt(situation, changes={"provenance": provenance})
 
@@ -342,8 +354,9 @@ def suspended(situation: Situation) -> Verdict | None:
             prepared=say_prepared(situation),
             pods_ready=says,
             succeeded=says,
-            changes={} if held else {"hold": None},
-            deletes=old_refs(situation),
+            quota_reserved=says if situation.ask is not None and situation.workload is None else None,
+            changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
+            deletes=(*old_refs(situation), *withdraw(situation)),
             deadlines=silences(situation),
         ),
     )
@@ -386,7 +399,7 @@ def pending_deadline_exceeded(situation: Situation) -> Verdict | None:
     if deadline is None or situation.now < deadline:
         return None
     seconds = situation.run.spec.pending_deadline_seconds
-    waiting = explain_waiting(situation.gang)
+    waiting = explain_gang(situation)
     return fail(
         situation,
         Cause(
@@ -453,6 +466,8 @@ _CHECKS: tuple[Check, ...] = (
     name_conflict,  # a child's name is taken
     child_rejected,  # the API server does not take a child
     code_missing,  # a reference does not resolve yet
+    kueue_missing,  # the user asks for a queue, and there are none
+    priority_class_missing,  # its priority does not resolve yet
     suspended_before_start,  # the user asked us to stop, and nothing ran yet
     preparing,  # a CPU pod checks and fetches
     prepare_failed,  # it found problems
@@ -462,11 +477,13 @@ _CHECKS: tuple[Check, ...] = (
     completed,  # the gang is done
     suspend_requested,  # the user asked us to stop: whatever ends from here on ends because of that
     suspended,  # nothing is to be started
+    quota_lost,  # the queue wants its quota back: whatever ends from here on ends because of that
     attempt_failed,  # the gang died: find the cause, then restart or give up
     deadline_exceeded,  # ran past activeDeadlineSeconds
     pending_deadline_exceeded,  # waited past pendingDeadlineSeconds
     stalled,  # nothing was heard past progressDeadlineSeconds
     cleaning_up,  # the attempt before is not gone yet
+    awaiting_quota,  # nothing of an attempt is there before its quota
     starting,  # make the attempt's job
     running,  # wait for events
 )

@@ -40,6 +40,27 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatusPatch:
+    """A write to the status of a child that belongs to another controller: the only fields of it that are patched."""
+
+    ref: ObjectRef
+    uid: str
+    resource_version: str
+    """Of the object that the patch was computed from: where it has changed since, the plan is made anew.
+
+    This alone guards the write: no other object ever had that version, and for a status the API server ignores the uid.
+    """
+    body: Mapping[str, Any]
+    """`{"status": {…}}`, a JSON merge patch (RFC 7386): lists are replaced as a whole, null removes."""
+    subresource: str = "status"
+
+    @property
+    def payload(self) -> Manifest:
+        """What is sent: the body, which the API server refuses (409) for any other version of the object."""
+        return {"metadata": {"uid": self.uid, "resourceVersion": self.resource_version}, **self.body}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Observed:
     """The facts of the cluster that a plan needs, as they were read."""
 
@@ -53,6 +74,14 @@ class Observed:
     """Children that the API server refused to take, with its words."""
     config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Data of ConfigMaps that the spec refers to (own code)."""
+    job_events: tuple[Manifest, ...] = ()
+    """Events (core/v1) about the current attempt's job; they matter only while pods of its gang are missing."""
+    kueue: bool = False
+    """Whether the cluster serves Kueue's Workloads."""
+    flavors: Mapping[str, Manifest] = field(default_factory=dict)
+    """Kueue's ResourceFlavors, by name."""
+    priorities: Mapping[str, int] = field(default_factory=dict)
+    """Values of Kueue's WorkloadPriorityClasses, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +91,9 @@ class Plan:
     objects: tuple[Manifest, ...] = ()
     """Complete desired children, in apply order."""
     deletes: tuple[ObjectRef, ...] = ()
-    """Children to delete, before anything is applied; only such whose controller is this run."""
+    """Children to delete, before anything is patched or applied; only such whose controller is this run."""
+    patches: tuple[StatusPatch, ...] = ()
+    """Writes to the status of children, after the deletes and before anything is applied."""
     delete_run: bool = False
     """The TTL has passed: delete the resource itself."""
     status: TrainingRunStatus | None = None

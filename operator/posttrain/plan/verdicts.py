@@ -10,20 +10,22 @@ from datetime import datetime
 from typing import Any
 
 from posttrain.api.args import load_table
-from posttrain.api.reasons import advice_for
+from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Cause
 from posttrain.plan.children import attempt_children, run_children
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
+from posttrain.plan.names import attempt_name
 from posttrain.plan.objects import code_hash
 from posttrain.plan.pods import explain_waiting
 from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
-from posttrain.plan.situation import Situation
+from posttrain.plan.quota import explain_quota, report_pods_ready
+from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.status import Says, Verdict
-from posttrain.plan.types import Manifest, ObjectRef
+from posttrain.plan.types import Manifest, ObjectRef, StatusPatch
 from posttrain.plan.usage import end_attempt
 
 _NODE_FAILURES_TO_AVOID = 2
@@ -44,14 +46,18 @@ def accept(situation: Situation, verdict: Verdict) -> Verdict:
     return replace(
         verdict,
         accepted=Says("True", "Accepted"),
+        quota_reserved=verdict.quota_reserved or explain_quota(situation),
         changes=changes,
         objects=(*run_children(situation), *verdict.objects),
     )
 
 
 def pin_spec(situation: Situation) -> ProvenanceStatus:
-    """Return the provenance with what a run is accepted with; what is pinned already stays."""
+    """Return the provenance with what a run is accepted with; what is pinned already stays, but for another profile."""
     provenance = situation.provenance
+    asked_for = situation.run.spec.resources.profile
+    if provenance.profile is not None and provenance.profile_name != asked_for and not situation.was_created:
+        provenance = pin_profile(situation)
     if provenance.config_hash is not None:
         return provenance
     seed = situation.spec.sft.args.get("seed", load_table("sft_config").keys["seed"].default)
@@ -64,27 +70,46 @@ def pin_spec(situation: Situation) -> ProvenanceStatus:
     )
 
 
+def pin_profile(situation: Situation) -> ProvenanceStatus:
+    """Return the provenance with the profile of the attempts from now on."""
+    profile = situation.profile.model_dump(mode="json", by_alias=True, exclude_none=True)
+    changes = {"profile": profile, "profile_name": situation.run.spec.resources.profile}
+    return situation.provenance.model_copy(update=changes)
+
+
 def say_prepared(situation: Situation) -> Says:
     """Return what `Prepared` says once attempts begin."""
     return Says("True", "Prepared" if is_needed(situation) else "PrepareDisabled")
+
+
+def explain_gang(situation: Situation) -> Says:
+    """Return why not every pod of the current attempt runs: it has no quota, or what stands in the way of its pods."""
+    if not situation.was_created and not situation.has_quota:
+        return explain_quota(situation)
+    return explain_waiting(situation.gang, job_events=situation.observed.job_events)
 
 
 def go_on(
     situation: Situation,
     *,
     message: str = "",
+    waits: Says | None = None,
     objects: tuple[Manifest, ...] = (),
+    deletes: tuple[ObjectRef, ...] = (),
+    patches: tuple[StatusPatch, ...] = (),
     deadlines: tuple[datetime, ...] = (),
 ) -> Verdict:
-    """Return the verdict on an attempt that has not ended."""
+    """Return the verdict on an attempt that has not ended; `waits` says why it cannot begin, where its pods do not."""
     gang, progress = situation.gang, situation.attempt_progress
     failure = situation.status.failure
-    pods_ready = Says("True", "AllPodsRunning") if gang.runs else explain_waiting(gang)
+    pods_ready = Says("True", "AllPodsRunning") if gang.runs else waits or explain_gang(situation)
     stage: Stage = "Starting"
-    told = pods_ready.message
+    told = pods_ready.message or (REASONS[pods_ready.reason].message if not gang.runs else "")
     if situation.status.attempt_running_time is not None:
         trains = progress is not None and progress.attempt_start is not None
         stage, told = ("Training", told or "the gang trains") if trains else (stage, told or "the gang loads")
+    elif not situation.was_created and not situation.has_quota:
+        stage, told = "Queued", f"waiting for quota: {told}"
     elif failure is not None and failure.attempt == situation.attempt - 1:
         stage = "Restarting"
     message = message or f"attempt {situation.attempt}: {told}"
@@ -103,7 +128,8 @@ def go_on(
             succeeded=Says("False", "InProgress", message),
             changes={"hold": None},
             objects=(*objects, *_lost_config_map(situation)),
-            deletes=old_refs(situation),
+            deletes=(*old_refs(situation), *deletes),
+            patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),
         ),
     )
@@ -120,6 +146,7 @@ def begin_attempt(situation: Situation, *, kept: bool = False, changes: dict[str
             succeeded=Says("False", "InProgress", f"attempt {attempt + 1} begins"),
             changes={
                 "attempt": attempt + 1,
+                "attempt_queued_time": None,
                 "attempt_created_time": None,
                 "attempt_running_time": None,
                 "gang_hash": None,
@@ -272,7 +299,7 @@ def holding_refs(situation: Situation) -> tuple[ObjectRef, ...]:
 
 def _lost_config_map(situation: Situation) -> tuple[Manifest, ...]:
     """Return the attempt's ConfigMap where its job is there and somebody deleted it: a late pod waits for it."""
-    if situation.job is None:
+    config_map = ObjectRef(*CONFIG_MAP, attempt_name(situation.name, attempt=situation.attempt))
+    if situation.job is None or config_map in situation.observed.objects:
         return ()
-    config_map = attempt_children(situation)[0]
-    return (config_map,) if ObjectRef.of(config_map) not in situation.observed.objects else ()
+    return attempt_children(situation)[:1]

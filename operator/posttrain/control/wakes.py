@@ -1,0 +1,77 @@
+"""Which changes of an object set a plan in motion.
+
+It owns what of each kind a plan acts upon at once; it must not judge it. What is left out is read all the same when
+the run is looked at for another reason: a beat of a run that trains, or a pod's address, is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from posttrain.control.kinds import JOB, POD, PYTORCHJOB, TRAINING_RUN
+from posttrain.plan.types import Manifest
+
+_METADATA = ("generation", "deletionTimestamp", "labels", "ownerReferences")
+_SILENT_PROGRESS = frozenset(
+    {
+        "step",
+        "percentage",
+        "etaSeconds",
+        "epoch",
+        "metrics",
+        "history",
+        "phase",
+        "lastUpdatedTime",
+        "lastBeatTime",
+        "acknowledged",
+    }
+)
+"""The stall check reads the beat when its own time has come."""
+_POD_CONDITIONS = frozenset({"PodScheduled", "DisruptionTarget"})
+_POD_STATUS = ("phase", "reason", "message", "startTime")
+
+
+def fingerprint(manifest: Manifest) -> int:
+    """Return a number that changes when a plan may have to act."""
+    metadata = manifest["metadata"]
+    about = [[metadata.get(part) for part in _METADATA], _content(manifest)]
+    return hash(orjson.dumps(about, option=orjson.OPT_SORT_KEYS))
+
+
+def _content(manifest: Manifest) -> Any:
+    status = manifest.get("status") or {}
+    kind = (manifest["apiVersion"], manifest["kind"])
+    if kind == TRAINING_RUN:
+        progress = status.get("progress") or {}
+        return {name: value for name, value in progress.items() if name not in _SILENT_PROGRESS}
+    if kind == POD:
+        return _pod(manifest, status)
+    if kind in (PYTORCHJOB, JOB):
+        return [[condition.get("type"), condition.get("status")] for condition in status.get("conditions") or ()]
+    if "generation" in manifest["metadata"]:
+        return status
+    # A kind whose changes nobody counts.
+    return {name: value for name, value in manifest.items() if name != "metadata"}
+
+
+def _pod(manifest: Manifest, status: dict[str, Any]) -> list[Any]:
+    containers = (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ()))
+    return [
+        (manifest.get("spec") or {}).get("nodeName"),
+        [status.get(part) for part in _POD_STATUS],
+        [
+            [condition.get(part) for part in ("type", "status", "reason", "message")]
+            for condition in status.get("conditions") or ()
+            if condition.get("type") in _POD_CONDITIONS
+        ],
+        [
+            [container.get("name"), container.get("imageID"), _state(container.get("state") or {})]
+            for container in containers
+        ],
+    ]
+
+
+def _state(state: dict[str, Any]) -> list[Any]:
+    return [state.get("waiting"), state.get("terminated")]

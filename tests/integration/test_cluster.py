@@ -1,0 +1,245 @@
+"""The test cluster itself: jobs run on nodes that are played, faults can be made, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.cluster import TestCluster
+from tests.cluster.errors import ClusterError
+from tests.cluster.kwok import simulation
+from tests.support.jobs import build_pytorchjob
+from tests.support.processes import await_gone, is_alive, wait_for
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+CRD = ROOT / "crds" / "posttrain.dev_trainingruns.yaml"
+
+
+def pods_of(cluster: TestCluster, namespace: str, job: str) -> dict[str, Any]:
+    """Return a job's pods by their names without the job's."""
+    label = f"training.kubeflow.org/job-name={job}"
+    pods = cluster.get("pods", "--namespace", namespace, "--selector", label)["items"]
+    return {pod["metadata"]["name"].removeprefix(f"{job}-"): pod for pod in pods}
+
+
+def await_phases(cluster: TestCluster, namespace: str, job: str, **phases: str) -> dict[str, Any]:
+    """Wait until a job's pods are in these phases; return them."""
+    expected = {name.replace("_", "-"): phase for name, phase in phases.items()}
+
+    def look() -> dict[str, Any] | None:
+        pods = pods_of(cluster, namespace, job)
+        return pods if {name: pod["status"]["phase"] for name, pod in pods.items()} == expected else None
+
+    return wait_for(look, what=f"{job}'s pods to be {expected}", seconds=60) or {}
+
+
+def await_condition(cluster: TestCluster, namespace: str, job: str, kind: str) -> dict[str, Any]:
+    """Wait until a job has a condition; return it."""
+
+    def look() -> dict[str, Any] | None:
+        status = cluster.get("pytorchjob", job, "--namespace", namespace).get("status", {})
+        found = [c for c in status.get("conditions", []) if c["type"] == kind and c["status"] == "True"]
+        return found[0] if found else None
+
+    return wait_for(look, what=f"{job} to be {kind}", seconds=60) or {}
+
+
+def test_a_job_runs_on_nodes_that_are_played(cluster: TestCluster, namespace: str) -> None:
+    cluster.apply([build_pytorchjob("runs", workers=2, gpus=8)], namespace=namespace)
+
+    pods = await_phases(cluster, namespace, "runs", master_0="Running", worker_0="Running", worker_1="Running")
+
+    assert len({pod["spec"]["nodeName"] for pod in pods.values()}) == 3
+    environment = {entry["name"]: entry.get("value") for entry in pods["worker-1"]["spec"]["containers"][0]["env"]}
+    assert {name: environment[name] for name in ("MASTER_ADDR", "WORLD_SIZE", "RANK")} == {
+        "MASTER_ADDR": "runs-master-0",
+        "WORLD_SIZE": "3",
+        "RANK": "2",
+    }
+    assert await_condition(cluster, namespace, "runs", "Running")["reason"] == "PyTorchJobRunning"
+
+
+def test_a_pod_ends_as_its_annotations_say(cluster: TestCluster, namespace: str) -> None:
+    cluster.apply([build_pytorchjob("fails")], namespace=namespace)
+    await_phases(cluster, namespace, "fails", master_0="Running", worker_0="Running")
+
+    plays = simulation(exit_code="137", reason="OOMKilled", message='{"rank": 1, "error": "out of \\"memory\\""}')
+    pairs = [f"{name}={value}" for name, value in plays.items()]
+    cluster.kubectl("annotate", "pod/fails-worker-0", "--namespace", namespace, *pairs)
+
+    pods = await_phases(cluster, namespace, "fails", master_0="Running", worker_0="Failed")
+    (container,) = pods["worker-0"]["status"]["containerStatuses"]
+    ended = container["state"]["terminated"]
+    assert (ended["exitCode"], ended["reason"], json.loads(ended["message"])) == (
+        137,
+        "OOMKilled",
+        {"rank": 1, "error": 'out of "memory"'},
+    )
+    assert container["restartCount"] == 0
+    assert await_condition(cluster, namespace, "fails", "Failed")["reason"] == "PyTorchJobFailed"
+
+
+def test_a_job_whose_pods_all_exit_with_zero_succeeds(cluster: TestCluster, namespace: str) -> None:
+    job = build_pytorchjob("succeeds", annotations=simulation(exit_code="0", message="step=7", after="1s"))
+    cluster.apply([job], namespace=namespace)
+
+    pods = await_phases(cluster, namespace, "succeeds", master_0="Succeeded", worker_0="Succeeded")
+
+    ended = pods["master-0"]["status"]["containerStatuses"][0]["state"]["terminated"]
+    assert (ended["exitCode"], ended["reason"], ended["message"]) == (0, "Completed", "step=7")
+    await_condition(cluster, namespace, "succeeds", "Succeeded")
+
+
+def test_a_pod_can_be_evicted(cluster: TestCluster, namespace: str) -> None:
+    cluster.apply([build_pytorchjob("evicted")], namespace=namespace)
+    await_phases(cluster, namespace, "evicted", master_0="Running", worker_0="Running")
+
+    (evict,) = simulation(evict="The node was low on resource: memory.").items()
+    cluster.kubectl("annotate", "pod/evicted-master-0", "--namespace", namespace, "=".join(evict))
+
+    status = await_phases(cluster, namespace, "evicted", master_0="Failed", worker_0="Running")["master-0"]["status"]
+    assert (status["reason"], status["message"]) == ("Evicted", "The node was low on resource: memory.")
+    assert [c["reason"] for c in status["conditions"] if c["type"] == "DisruptionTarget"] == ["TerminationByKubelet"]
+
+
+def test_the_training_operators_webhook_refuses_what_it_cannot_run(cluster: TestCluster, namespace: str) -> None:
+    with pytest.raises(ClusterError, match=r"denied the request: .* at least one container with name pytorch"):
+        cluster.apply([build_pytorchjob("refused", container_name="trainer")], namespace=namespace)
+
+
+def test_the_pods_of_a_removed_node_go(cluster: TestCluster, namespace: str) -> None:
+    (node,) = cluster.add_fake_nodes(1, gpus=2)
+    job = build_pytorchjob("orphaned", gpus=1)
+    for replica in job["spec"]["pytorchReplicaSpecs"].values():
+        replica["template"]["spec"]["nodeSelector"] = {"kubernetes.io/hostname": node}
+    cluster.apply([job], namespace=namespace)
+    uids = {
+        pod["metadata"]["uid"]
+        for pod in await_phases(cluster, namespace, "orphaned", master_0="Running", worker_0="Running").values()
+    }
+
+    cluster.remove_node(node)
+
+    def replaced() -> bool:
+        return not uids & {pod["metadata"]["uid"] for pod in pods_of(cluster, namespace, "orphaned").values()}
+
+    wait_for(replaced, what="the pods of the removed node to go", seconds=150)
+    assert node not in {found["metadata"]["name"] for found in cluster.get("nodes")["items"]}
+
+
+def test_the_audit_log_says_who_wrote_what(cluster: TestCluster, namespace: str) -> None:
+    cluster.apply([build_pytorchjob("audited")], namespace=namespace)
+    await_phases(cluster, namespace, "audited", master_0="Running", worker_0="Running")
+
+    written = {
+        (event["user"]["username"], event["verb"], event["objectRef"]["resource"], event["objectRef"].get("name"))
+        for event in cluster.audit()
+        if event.get("objectRef", {}).get("namespace") == namespace and event["verb"] in {"create", "patch"}
+    }
+
+    training_operator = "system:serviceaccount:kubeflow:training-operator"
+    assert ("admin", "patch", "pytorchjobs", "audited") in written
+    assert {
+        (verb, name)
+        for user, verb, resource, name in written
+        if user == training_operator and resource == "pods" and verb == "create"
+    } == {("create", "audited-master-0"), ("create", "audited-worker-0")}
+    agents = {event["userAgent"].partition("/")[0] for event in cluster.audit() if event["user"]["username"] == "admin"}
+    assert "kubectl" in agents
+
+
+def test_a_service_account_may_do_what_its_roles_say(cluster: TestCluster, namespace: str) -> None:
+    cluster.kubectl("create", "serviceaccount", "reader", "--namespace", namespace)
+    kubeconfig = cluster.service_account_kubeconfig(namespace, "reader")
+    list_pods = ("get", "pods", "--namespace", namespace)
+    with pytest.raises(ClusterError, match="Forbidden"):
+        cluster.kubectl(*list_pods, kubeconfig=kubeconfig)
+
+    account = f"--serviceaccount={namespace}:reader"
+    cluster.kubectl("create", "rolebinding", "reader", "--clusterrole=view", account, "--namespace", namespace)
+
+    assert cluster.kubectl(*list_pods, "--output", "name", kubeconfig=kubeconfig) == ""
+
+
+def test_the_api_server_comes_back_as_it_went(cluster: TestCluster, namespace: str) -> None:
+    cluster.kubectl("create", "configmap", "kept", "--namespace", namespace)
+    url = cluster.url
+
+    cluster.api_server.stop()
+    with pytest.raises(ClusterError, match="refused"):
+        cluster.kubectl("get", "nodes")
+    cluster.api_server.start()
+
+    assert cluster.url == url
+    assert cluster.kubectl("get", "configmap/kept", "-o", "name", "--namespace", namespace) == "configmap/kept\n"
+    cluster.apply([build_pytorchjob("after")], namespace=namespace)
+    await_phases(cluster, namespace, "after", master_0="Running", worker_0="Running")
+
+
+def test_a_component_can_be_paused(cluster: TestCluster) -> None:
+    cluster.api_server.pause()
+    try:
+        with pytest.raises(ClusterError, match=r"(?i)timeout"):
+            cluster.kubectl("get", "nodes", "--request-timeout=1s")
+    finally:
+        cluster.api_server.resume()
+
+    cluster.api_server.await_ready()
+    assert len(cluster.get("nodes")["items"]) >= 4
+
+
+def test_the_custom_resource_and_every_example_are_accepted(cluster: TestCluster, namespace: str) -> None:
+    cluster.kubectl("apply", "--server-side", "--filename", CRD)
+    cluster.kubectl("wait", "--for=condition=Established", "crd/trainingruns.posttrain.dev", "--timeout=30s")
+    assert len(EXAMPLES) >= 10
+
+    created = [
+        cluster.kubectl("create", "--dry-run=server", "--output=name", "--filename", file, "--namespace", namespace)
+        for file in EXAMPLES
+    ]
+
+    assert all(re.fullmatch(r"trainingrun\.posttrain\.dev/\S+\n", name) for name in created), created
+
+
+START_AND_WAIT = """
+import signal, sys
+from pathlib import Path
+from tests.cluster.cluster import TestCluster
+cluster = TestCluster.start(Path(sys.argv[1]))
+print(*(process.pid for process in cluster.processes.values()), flush=True)
+signal.pause()
+"""
+
+
+def test_nothing_outlives_whoever_started_a_cluster(cluster: TestCluster, tmp_path: Path) -> None:
+    folder = tmp_path / "cluster"
+    starting = subprocess.Popen(
+        [sys.executable, "-c", START_AND_WAIT, folder], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert starting.stdout is not None
+    pids = [int(pid) for pid in starting.stdout.readline().split()]
+    assert len(pids) == 6
+    assert all(map(is_alive, pids))
+    with pytest.raises(ClusterError, match="runs already"):
+        TestCluster.start(folder)
+
+    os.kill(starting.pid, signal.SIGKILL)
+    starting.communicate()
+
+    await_gone(pids, seconds=30)
+    with TestCluster.start(folder) as again:
+        assert again.get("nodes")["items"] == []
+        pids = [process.pid for process in again.processes.values()]
+    assert not any(map(is_alive, pids))
+    assert cluster.get("nodes")["items"]

@@ -1,0 +1,174 @@
+"""The life of a TrainingRun on a real control plane, with the real training operator; its nodes and pods are played."""
+
+from __future__ import annotations
+
+import pytest
+
+from posttrain.contract.facts import CheckpointSaved, Logged, NonFinite, Started
+from posttrain.contract.result import Result, to_termination_message
+from tests.cluster.cluster import TestCluster
+from tests.support.builders import build_report
+from tests.support.cluster_runs import ClusterRun, reasons
+from tests.support.operator_process import OperatorProcess
+
+pytestmark = pytest.mark.integration
+
+LOW_ON_MEMORY = "the node was low on memory"
+STARTED = Started(world_size=2, max_steps=20, resumed_from_step=0)
+
+
+def test_a_run_trains_reports_and_succeeds(cluster: TestCluster, operator: OperatorProcess, run: ClusterRun) -> None:
+    run.apply()
+    run.await_running()
+    saved = CheckpointSaved(step=5, uri="pvc://shared/demo/checkpoint-5", bytes=10, digest="sha256:0")
+    logged = Logged(step=5, metrics={"loss": "0.25"})
+
+    reply = operator.report(cluster, run.namespace, "demo-a1-master-0", build_report(STARTED, logged, saved, step=5))
+
+    assert [(source.source, source.seq) for source in reply.acknowledged] == [("rank-0", 3)]
+    training = run.await_status(lambda s: (s.get("checkpoints") or {}).get("latestStep") == 5, what="checkpoint 5")
+    assert (training["stage"], training["progress"]["percentage"]) == ("Training", 25)
+    columns = run.kubectl("get", "trun", run.name, "--no-headers").split()
+    assert columns[:5] == ["demo", "SFT", "pvc://inputs/model", "Training", "25"]
+    ended = run.complete()
+    assert ended["model"] == {"uri": "pvc://shared/demo/model"}
+    assert reasons(ended)["Succeeded"] == ("True", "Completed")
+    run.kubectl("wait", "--for=condition=Finished", "trun/demo", "--timeout=10s")
+    assert [reason for _, reason in run.events()] == ["Accepted", "AllPodsRunning", "Completed"]
+
+
+def test_a_failed_pod_restarts_the_whole_gang(run: ClusterRun) -> None:
+    run.apply()
+    before = {pod["metadata"]["uid"] for pod in run.await_running()}
+    result = Result(reason="RankKilled", message="rank 1 was killed by signal 9", rank=1)
+
+    run.end_pod(1, exit_code=138, message=to_termination_message(result))
+
+    after = {pod["metadata"]["uid"] for pod in run.await_running(attempt=2)}
+    assert not before & after
+    status = run.status()
+    assert (status["restarts"]["infrastructure"], status["restarts"]["application"]) == (1, 0)
+    assert (status["failure"]["reason"], status["failure"]["rank"]) == ("RankKilled", 1)
+    assert ("Warning", "RankKilled") in run.events()
+    assert run.complete(attempt=2)["attempt"] == 2
+
+
+def test_a_deleted_pod_restarts_the_whole_gang(run: ClusterRun) -> None:
+    run.apply()
+    run.await_running()
+
+    run.kubectl("delete", "pod", "demo-a1-worker-0")
+
+    run.await_running(attempt=2)
+    assert run.status()["failure"]["reason"] == "PodDeleted"
+
+
+def test_an_evicted_pod_costs_the_infrastructure_budget(run: ClusterRun) -> None:
+    run.apply(restarts={"maxInfrastructureRestarts": 1})
+    run.await_running()
+    for attempt in (1, 2):
+        run.await_running(attempt=attempt)
+        run.kubectl(
+            "annotate", "pod", f"demo-a{attempt}-worker-0", "sim.posttrain.dev/evict=the node was low on memory"
+        )
+
+    ended = run.await_stage("Failed")
+
+    assert reasons(ended)["Succeeded"] == ("False", "RestartBudgetSpent")
+    assert ended["restarts"]["infrastructure"] == 1
+    assert LOW_ON_MEMORY in ended["failure"]["message"]
+
+
+def test_a_user_error_is_never_tried_again(run: ClusterRun) -> None:
+    run.apply()
+    run.await_running()
+    result = Result(reason="ConfigInvalid", message="max_length must be positive", rank=0)
+
+    run.end_pod(0, exit_code=2, message=to_termination_message(result))
+
+    ended = run.await_stage("Failed")
+    assert (ended["attempt"], ended["failure"]["reason"]) == (1, "ConfigInvalid")
+
+
+def test_a_container_that_was_killed_for_memory_is_named_with_advice(run: ClusterRun) -> None:
+    run.apply()
+    run.await_running()
+
+    run.end_pod(1, exit_code=137, reason="OOMKilled")
+
+    ended = run.await_stage("Failed")
+    assert ended["failure"]["reason"] == "HostOutOfMemory"
+    assert "spec.resources.memory" in ended["failure"]["advice"]
+
+
+def test_a_run_is_suspended_and_goes_on_as_a_new_attempt(run: ClusterRun) -> None:
+    run.apply()
+    run.await_running()
+
+    run.patch({"suspend": True})
+    run.await_stage("Suspended")
+    run.cluster.await_json(
+        "pods", "--namespace", run.namespace, until=lambda pods: not pods["items"], what="the pods to go"
+    )
+    run.patch({"suspend": False})
+
+    run.await_running(attempt=2)
+    assert run.status()["restarts"] == {"infrastructure": 0, "application": 0, "stepsLost": 0}
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
+) -> None:
+    run.apply()
+    run.await_running()
+
+    report = build_report(STARTED, NonFinite(metric="loss", step=7))
+    operator.report(cluster, run.namespace, "demo-a1-master-0", report)
+
+    ended = run.await_stage("Failed")
+    assert (ended["failure"]["reason"], "step 7" in ended["failure"]["message"]) == ("NonFiniteLoss", True)
+    run.cluster.await_json(
+        "pods", "--namespace", run.namespace, until=lambda pods: not pods["items"], what="the GPUs to be free"
+    )
+
+
+def test_a_run_that_is_deleted_takes_everything_with_it_but_its_claim(run: ClusterRun) -> None:
+    run.apply(checkpoints={"storage": {"size": "1Gi"}})
+    run.await_status(lambda s: reasons(s)["PodsReady"][1] == "VolumePending", what="the claim pending")
+
+    run.kubectl("delete", "trun", run.name)
+
+    def left(kinds: str) -> list[str]:
+        names = run.kubectl("get", kinds, "--output", "name", "--selector", "posttrain.dev/run=demo")
+        return names.split()
+
+    run.cluster.await_json(
+        "pytorchjobs,pods,configmaps,serviceaccounts,networkpolicies",
+        "--namespace",
+        run.namespace,
+        "--selector",
+        "posttrain.dev/run=demo",
+        until=lambda found: not found["items"],
+        what="the garbage collector",
+    )
+    assert left("persistentvolumeclaims") == ["persistentvolumeclaim/demo"]
+
+
+def test_a_gang_without_room_says_what_it_waits_for(run: ClusterRun) -> None:
+    run.apply(resources={"numNodes": 1, "gpusPerNode": 16}, pendingDeadlineSeconds=8)
+
+    waiting = run.await_status(lambda s: reasons(s)["PodsReady"][1] == "Unschedulable", what="the wait")
+
+    message = next(c["message"] for c in waiting["conditions"] if c["type"] == "PodsReady")
+    assert "Insufficient nvidia.com/gpu" in message
+    assert reasons(run.await_stage("Failed"))["Succeeded"] == ("False", "PendingDeadlineExceeded")
+
+
+def test_ttl_removes_a_finished_run(run: ClusterRun) -> None:
+    run.apply(ttlSecondsAfterFinished=1)
+    run.await_running()
+    run.complete()
+
+    run.cluster.await_json(
+        "trainingruns", "--namespace", run.namespace, until=lambda found: not found["items"], what="the TTL"
+    )

@@ -1,0 +1,130 @@
+"""TrainingRuns in a test cluster: made with the few fields that a test is about, and waited for.
+
+It owns their shape and the waiting; it must not judge what a test sees.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from posttrain.contract.result import Result, to_termination_message
+from posttrain.plan import labels, names
+from posttrain.plan.types import Manifest
+from tests.cluster.cluster import TestCluster
+from tests.cluster.kwok import simulation
+from tests.support.builders import build_spec
+
+WAIT_SECONDS = 90.0
+COMPLETED = Result(reason="Completed", message="trained", artifacts={"model": "pvc://shared/demo/model"})
+
+
+class ClusterRun:
+    """One run in a namespace."""
+
+    def __init__(self, cluster: TestCluster, namespace: str, name: str = "demo") -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.name = name
+
+    def apply(self, **changes: Any) -> None:
+        """Make the run: two nodes with a GPU each, no prepare, the claim `shared`; `changes` replace fields of it."""
+        spec = build_spec(
+            resources={"numNodes": 2, "gpusPerNode": 1},
+            prepare={"enabled": False},
+            checkpoints={"storage": {"claimName": "shared"}, "everySteps": 5},
+        )
+        self.cluster.apply(
+            [
+                {
+                    "apiVersion": "posttrain.dev/v1alpha1",
+                    "kind": "TrainingRun",
+                    "metadata": {"name": self.name, "namespace": self.namespace},
+                    "spec": {**spec, **changes},
+                }
+            ]
+        )
+
+    def patch(self, spec: Mapping[str, Any]) -> None:
+        """Change fields of its spec."""
+        body = json.dumps({"spec": spec})
+        self.kubectl("patch", "trainingrun", self.name, "--type=merge", "--patch", body)
+
+    def kubectl(self, *args: str) -> str:
+        """Run kubectl in its namespace."""
+        return self.cluster.kubectl(*args, "--namespace", self.namespace)
+
+    def read(self) -> Manifest:
+        """Return the run as it stands."""
+        found: Manifest = self.cluster.get("trainingrun", self.name, "--namespace", self.namespace)
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """Return its status; empty before the first."""
+        return dict(self.read().get("status") or {})
+
+    def await_status(
+        self, until: Callable[[dict[str, Any]], Any], *, what: str, seconds: float = WAIT_SECONDS
+    ) -> dict[str, Any]:
+        """Poll the status until `until` is true of it, and return it."""
+        found = self.cluster.await_json(
+            "trainingrun",
+            self.name,
+            "--namespace",
+            self.namespace,
+            until=lambda run: run.get("status") and until(run["status"]),
+            what=f"{what} of {self.name}",
+            seconds=seconds,
+        )
+        return dict(found["status"])
+
+    def await_stage(self, stage: str, *, attempt: int | None = None, seconds: float = WAIT_SECONDS) -> dict[str, Any]:
+        """Wait for a stage, in that attempt."""
+        return self.await_status(
+            lambda status: status.get("stage") == stage and attempt in (None, status.get("attempt")),
+            what=f"stage {stage}",
+            seconds=seconds,
+        )
+
+    def await_running(self, *, attempt: int = 1, pods: int = 2) -> list[Manifest]:
+        """Wait until every pod of an attempt runs, and the operator knows it; return the pods."""
+        self.await_status(
+            lambda status: status.get("attempt") == attempt and status.get("attemptRunningTime"),
+            what=f"attempt {attempt} running",
+        )
+        found = self.pods(attempt=attempt)
+        assert len(found) == pods
+        return found
+
+    def pods(self, *, attempt: int) -> list[Manifest]:
+        """Return the pods of an attempt's gang."""
+        selector = f"{labels.RUN}={self.name},{labels.ATTEMPT}={attempt},{labels.ROLE}={labels.ROLE_TRAINER}"
+        found: list[Manifest] = self.cluster.get("pods", "--namespace", self.namespace, "--selector", selector)["items"]
+        return found
+
+    def end_pod(self, node: int, *, attempt: int = 1, exit_code: int, **plays: str) -> None:
+        """Let the pod of a node of the gang end."""
+        name = names.pod_name(self.name, attempt=attempt, node=node)
+        played = simulation(exit_code=str(exit_code), **plays)
+        self.kubectl("annotate", "pod", name, *(f"{key}={value}" for key, value in played.items()))
+
+    def complete(self, *, attempt: int = 1, pods: int = 2) -> dict[str, Any]:
+        """Let a running gang end well, and return the status of the run's end."""
+        # The job has succeeded when its master has: its workers are taken away then.
+        for node in reversed(range(pods)):
+            self.end_pod(node, attempt=attempt, exit_code=0, message=to_termination_message(COMPLETED))
+        return self.await_stage("Succeeded")
+
+    def events(self) -> list[tuple[str, str]]:
+        """Return type and reason of its events, in the order in which they happened."""
+        found = self.cluster.get(
+            "events", "--namespace", self.namespace, f"--field-selector=involvedObject.name={self.name}"
+        )
+        items = sorted(found["items"], key=lambda event: int(event["metadata"]["resourceVersion"]))
+        return [(event["type"], event["reason"]) for event in items]
+
+
+def reasons(status: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return status and reason of every condition by its type."""
+    return {c["type"]: (c["status"], c["reason"]) for c in status.get("conditions") or ()}

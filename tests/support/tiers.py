@@ -1,0 +1,44 @@
+"""Tiers of tests that need programs which are built beforehand: whether they can run here, and what they leave to read.
+
+A tier that cannot run says so as `NOT RUN: <part>: <why>`. $POSTTRAIN_REQUIRE names the parts that must run
+(`control-plane,node,kueue`): CI promises them, and there it is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.cluster.cluster import TestCluster
+from tests.cluster.components import why_not
+
+
+def require(*parts: str) -> None:
+    """Skip the test that asks, or fail where the part was promised, unless all parts can be run here."""
+    promised = os.environ.get("POSTTRAIN_REQUIRE", "").split(",")
+    for part in parts:
+        if reason := why_not(part):
+            message = f"NOT RUN: {part}: {reason}"
+            if part in promised:
+                pytest.fail(message, pytrace=False)
+            pytest.skip(message)
+
+
+@contextmanager
+def fresh_namespace(cluster: TestCluster) -> Iterator[str]:
+    """Make a namespace, and delete it at the end without waiting until it is gone."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    cluster.create_namespace(name)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def attach_cluster_logs(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Add the end of every component's log to the report of a test that failed with a cluster."""
+    fixtures = getattr(item, "funcargs", {}).values()
+    for cluster in {id(value): value for value in fixtures if isinstance(value, TestCluster)}.values():
+        report.sections += [(f"end of {name}'s log", text) for name, text in cluster.log_tails().items() if text]

@@ -163,7 +163,9 @@ def test_every_child_is_created_once_and_owned_by_the_run() -> None:
     assert len(created) == 5
     for body in created:
         assert body["metadata"]["ownerReferences"] == [owner | {"controller": True, "blockOwnerDeletion": True}]
-    assert not [call for call in bench.port.calls if call.method in ("get", "list", "apply")]
+    assert not [call for call in bench.port.calls if call.method in ("get", "apply")]
+    # Before a gang is made it is seen for certain that no other one lives.
+    assert [call.text for call in bench.port.calls if call.method == "list"] == ["list Pod"]
 
 
 def test_a_status_is_written_under_the_version_that_it_was_planned_from() -> None:
@@ -393,6 +395,31 @@ def test_a_pod_that_only_a_live_list_shows_holds_the_new_gang_back() -> None:
     bench.others.remove_pod(late["metadata"]["name"])
     bench.settle()
     assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a2"]
+
+
+def test_a_first_gang_whose_creation_got_no_answer_is_not_made_twice() -> None:
+    undisturbed = Bench()
+    undisturbed.submit()
+    undisturbed.settle()
+    before = [call.text for call in undisturbed.port.calls].index("create PyTorchJob demo-a1")
+    bench = Bench()
+    bench.submit()
+    lost = Fault(when="after", error=Unavailable("the answer broke off"))
+    bench.port.faults.extend([*[None] * before, lost])
+    with pytest.raises(Unavailable):
+        bench.settle()
+    # It was made, and then deleted; its pod ends slowly, and the watch of the pods lags behind.
+    bench.others.make_pods()
+    bench.others.run_pods(1)
+    bench.others.delete(PYTORCHJOB, "demo-a1")
+    for _ in range(3):
+        bench.see(TRAINING_RUN, PYTORCHJOB)
+        bench.reconcile()
+    assert bench.names(PYTORCHJOB) == []
+
+    bench.others.finish_deletions()
+    bench.settle()
+    assert len(bench.names(PYTORCHJOB)) == 1
 
 
 # --- Obstacles -------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ class Reconciler:
     async def _create(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
         """Create a child. By POST, so that an object of its name that somebody made a moment ago is never touched."""
         ref = ObjectRef.of(wanted)
-        if (ref.api_version, ref.kind) == PYTORCHJOB and names.attempt_of(run.metadata.name, name=ref.name) != 1:
+        if (ref.api_version, ref.kind) == PYTORCHJOB:
             await self._require_no_gang(run)
         try:
             made = await self._cluster.create(wanted)
@@ -259,7 +259,10 @@ class Reconciler:
         raise _Changed(f"{key.kind} {key.name} is there already")
 
     async def _require_no_gang(self, run: TrainingRun) -> None:
-        """See for certain that no pod of an earlier attempt lives: two gangs must never write to one storage."""
+        """See for certain that no pod of another gang lives: two gangs must never write to one storage.
+
+        Nor one of the same attempt: its job may have been made by a request that got no answer, and deleted since.
+        """
         found = await self._cluster.list(
             *POD,
             namespace=run.metadata.namespace,
@@ -269,7 +272,7 @@ class Reconciler:
             self._cache.put(pod, own=True)
         live = [pod["metadata"]["name"] for pod in found.items if is_live(pod, now=self._clock())]
         if live:
-            raise _Changed(f"pods of an earlier attempt live: {', '.join(live)}")
+            raise _Changed(f"pods of another gang live: {', '.join(live)}")
 
     async def _repair(self, observed: Manifest, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
         key = ObjectKey.of(wanted)

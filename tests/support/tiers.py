@@ -39,6 +39,6 @@ def fresh_namespace(cluster: TestCluster) -> Iterator[str]:
 
 def attach_cluster_logs(item: pytest.Item, report: pytest.TestReport) -> None:
     """Add the end of every component's log to the report of a test that failed with a cluster."""
-    fixtures = getattr(item, "funcargs", {}).values()
+    fixtures = item.funcargs.values() if isinstance(item, pytest.Function) else ()
     for cluster in {id(value): value for value in fixtures if isinstance(value, TestCluster)}.values():
         report.sections += [(f"end of {name}'s log", text) for name, text in cluster.log_tails().items() if text]

@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.cluster import TestCluster
 from tests.support.chart_rights import read_rights
 from tests.support.cluster_runs import ClusterRun
-from tests.support.operator_process import NAMESPACE, OperatorProcess, add_claim
+from tests.support.operator_process import NAMESPACE, OperatorProcess, Replicas, add_claim
 from tests.support.tiers import attach_cluster_logs, fresh_namespace, require
 
 CRD = Path(__file__).parents[2] / "crds" / "posttrain.dev_trainingruns.yaml"
@@ -80,6 +80,29 @@ def run(cluster: TestCluster, operator: OperatorProcess, namespace: str) -> Clus
     for claim in ("inputs", "shared"):
         add_claim(cluster, namespace, claim)
     return ClusterRun(cluster, namespace)
+
+
+@pytest.fixture(scope="session")
+def faulty_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    """Another cluster, in which tests start operators of their own, stop them, and take the API server away."""
+    require("control-plane")
+    with TestCluster.start(tmp_path_factory.mktemp("faulty")) as started:
+        started.add_fake_nodes(8)
+        started.apply(CRD.read_text())
+        started.create_namespace(NAMESPACE)
+        yield started
+
+
+@pytest.fixture
+def replicas(faulty_cluster: TestCluster, tmp_path: Path) -> Iterator[Replicas]:
+    """The operators of one test in the cluster for faults; none runs yet."""
+    replicas = Replicas(faulty_cluster, tmp_path)
+    try:
+        yield replicas
+    finally:
+        replicas.close()
+        # The next test's operator has not to wait until this one's lease is over.
+        faulty_cluster.kubectl("delete", "lease", "--all", "--namespace", NAMESPACE)
 
 
 @pytest.hookimpl(wrapper=True)

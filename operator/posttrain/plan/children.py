@@ -12,6 +12,7 @@ from posttrain.contract.config import GangShape, RunIdentity, TrainingConfig
 from posttrain.plan import names
 from posttrain.plan.deepspeed import STAGES, build_deepspeed_config
 from posttrain.plan.kueue import Ask, build_assignment, build_workload, missing_flavors, workload_ref
+from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.objects import (
     JOB_FILE,
     build_claim,
@@ -82,7 +83,7 @@ def frozen_job(situation: Situation) -> tuple[Manifest, ...]:
     name = names.attempt_name(situation.name, attempt=situation.attempt)
     config_map = situation.observed.objects.get(ObjectRef(*CONFIG_MAP, name))
     text = (config_map.get("data") or {}).get(JOB_FILE) if config_map is not None else None
-    if situation.job is None or text is None:
+    if situation.job is None or is_being_deleted(situation.job) or text is None:
         return ()
     return (json.loads(text),)
 

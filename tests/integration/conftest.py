@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import TestCluster
+from tests.support.api_proxy import ApiProxy
 from tests.support.chart_rights import read_rights
 from tests.support.cluster_runs import ClusterRun
 from tests.support.operator_process import NAMESPACE, OperatorProcess, Replicas, add_claim
@@ -91,6 +92,22 @@ def faulty_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClu
         started.apply(CRD.read_text())
         started.create_namespace(NAMESPACE)
         yield started
+
+
+@pytest.fixture
+def proxy(faulty_cluster: TestCluster) -> Iterator[ApiProxy]:
+    """A way to the API server of the cluster for faults, at which things go wrong."""
+    with ApiProxy(faulty_cluster) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faulty_namespace(faulty_cluster: TestCluster) -> Iterator[str]:
+    """A namespace in the cluster for faults, with the claims that runs name."""
+    with fresh_namespace(faulty_cluster) as name:
+        for claim in ("inputs", "shared"):
+            add_claim(faulty_cluster, name, claim)
+        yield name
 
 
 @pytest.fixture

@@ -9,15 +9,13 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
 from tests.cluster.cluster import TestCluster
 from tests.support.api_proxy import ApiProxy
 from tests.support.cluster_runs import ClusterRun
-from tests.support.operator_process import Replicas, add_claim
-from tests.support.tiers import fresh_namespace
+from tests.support.operator_process import Replicas
 from tests.support.trials import Death, Trial, count_created, draw_deaths, is_of, live, substance
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
@@ -40,21 +38,6 @@ def seed() -> int:
     return int(os.environ.get("POSTTRAIN_CHAOS_SEED") or random.SystemRandom().randrange(10**6))
 
 
-@pytest.fixture
-def proxy(faulty_cluster: TestCluster) -> Iterator[ApiProxy]:
-    with ApiProxy(faulty_cluster) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def chaos_namespace(faulty_cluster: TestCluster) -> Iterator[str]:
-    """A namespace with the claims that the runs name."""
-    with fresh_namespace(faulty_cluster) as name:
-        for claim in ("inputs", "shared"):
-            add_claim(faulty_cluster, name, claim)
-        yield name
-
-
 def find_faults(trial: Trial, created: Counter[str], *, undisturbed: Trial) -> list[str]:
     """Return what a life left that an undisturbed one does not."""
     faults = [f"orphan {orphan}" for orphan in trial.orphans]
@@ -69,10 +52,10 @@ def find_faults(trial: Trial, created: Counter[str], *, undisturbed: Trial) -> l
 
 
 def test_a_run_ends_the_same_whenever_the_operator_is_killed(
-    faulty_cluster: TestCluster, chaos_namespace: str, proxy: ApiProxy, replicas: Replicas, seed: int
+    faulty_cluster: TestCluster, faulty_namespace: str, proxy: ApiProxy, replicas: Replicas, seed: int
 ) -> None:
     operator = replicas.add("operator", kubeconfig=proxy.kubeconfig)
-    undisturbed = Trial(run=ClusterRun(faulty_cluster, chaos_namespace, "undisturbed"), death=None)
+    undisturbed = Trial(run=ClusterRun(faulty_cluster, faulty_namespace, "undisturbed"), death=None)
     live(faulty_cluster, operator, proxy, [undisturbed])
     writes = [asked for asked in proxy.writes() if is_of(asked, undisturbed.run)]
     assert (undisturbed.status["restarts"]["infrastructure"], undisturbed.status["attempt"]) == (1, 2)
@@ -82,7 +65,7 @@ def test_a_run_ends_the_same_whenever_the_operator_is_killed(
     deaths: list[Death] = list(draw_deaths(random.Random(seed), writes=len(writes), trials=TRIALS))
     while len(trials) < TRIALS and time.monotonic() - began < SECONDS:
         batch = [
-            Trial(run=ClusterRun(faulty_cluster, chaos_namespace, f"t{len(trials) + number}"), death=death)
+            Trial(run=ClusterRun(faulty_cluster, faulty_namespace, f"t{len(trials) + number}"), death=death)
             for number, death in enumerate(deaths[len(trials) :][:BESIDE_EACH_OTHER])
         ]
         live(faulty_cluster, operator, proxy, batch)

@@ -107,6 +107,8 @@ class ApiProxy:
         """The HTTP status that everything is answered with, or None."""
         self.watch_errors: dict[str, Mapping[str, Any]] = {}
         """By resource: the event that every new watch gets and ends with."""
+        self.muted: set[str] = set()
+        """Resources whose watches stay open and tell nothing."""
         self._holds: list[Hold] = []
         self._watches: dict[web.StreamResponse, tuple[str, asyncio.Transport | None]] = {}
         self._loop = asyncio.new_event_loop()
@@ -260,7 +262,7 @@ class ApiProxy:
             async for chunk in answer.content.iter_any():
                 await self._flowing.wait()
                 whole, newline, rest = (rest + chunk).rpartition(b"\n")
-                if newline:
+                if newline and asked.resource not in self.muted:
                     await stream.write(whole + newline)
         except ConnectionResetError:
             pass  # whoever watched has gone

@@ -43,5 +43,7 @@ def fresh_namespace(cluster: TestCluster) -> Iterator[str]:
 def attach_cluster_logs(item: pytest.Item, report: pytest.TestReport) -> None:
     """Add the end of every component's log, and of every operator's, to the report of a test that failed with them."""
     fixtures = item.funcargs.values() if isinstance(item, pytest.Function) else ()
-    for fixture in {id(value): value for value in fixtures if isinstance(value, _LOGGED)}.values():
-        report.sections += [(f"end of {name}'s log", text) for name, text in fixture.log_tails().items() if text]
+    tails = {
+        name: text for fixture in fixtures if isinstance(fixture, _LOGGED) for name, text in fixture.log_tails().items()
+    }
+    report.sections += [(f"end of {name}'s log", text) for name, text in tails.items() if text]

@@ -104,6 +104,8 @@ class KopfEdge:
         settings.posting.enabled = False
         settings.scanning.disabled = True
         settings.networking.error_backoffs = (1, 2, 4, 8)
+        # Between two watches, also where each is answered with 410: a tenth of a second would be a hot loop.
+        settings.watching.reconnect_backoff = 1.0
         # It would kill the process, which is more than kopf here.
         settings.process.ultimate_exiting_timeout = None
         await kopf.operator(registry=registry, settings=settings, standalone=True, clusterwide=True, stop_flag=stop)

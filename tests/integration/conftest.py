@@ -50,10 +50,23 @@ def kueue_namespace(kueue_cluster: TestCluster) -> Iterator[str]:
         yield name
 
 
+def serve_runs(cluster: TestCluster) -> None:
+    """Let the API server serve the resource, and wait until it does."""
+    cluster.apply(CRD.read_text())
+    cluster.await_json(
+        *("crd", "trainingruns.posttrain.dev"),
+        until=lambda crd: any(
+            (condition["type"], condition["status"]) == ("Established", "True")
+            for condition in crd.get("status", {}).get("conditions") or ()
+        ),
+        what="the resource to be served",
+    )
+
+
 @pytest.fixture(scope="session")
 def operator(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     """The operator, which leads; it may do what the chart allows it, and asks for nothing else."""
-    cluster.apply(CRD.read_text())
+    serve_runs(cluster)
     cluster.create_namespace(NAMESPACE)
     cluster.apply(read_rights(namespace=NAMESPACE))
     operator = OperatorProcess(

@@ -13,7 +13,7 @@ from posttrain.contract.result import Result, to_termination_message
 from posttrain.plan.names import workload_name
 from tests.cluster.cluster import TestCluster
 from tests.cluster.kwok import NODE_SELECTOR, TOLERATION
-from tests.integration.conftest import CRD
+from tests.integration.conftest import serve_runs
 from tests.support.cluster_runs import ClusterRun, message_of, reasons
 from tests.support.operator_process import NAMESPACE, OperatorProcess, add_claim
 from tests.support.queues import QUEUE, build_local_queue, build_priority, condition_of, serve_queue
@@ -28,7 +28,7 @@ Make = Callable[..., ClusterRun]
 @pytest.fixture(scope="module", autouse=True)
 def operator(kueue_cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     """The operator, in the cluster with Kueue."""
-    kueue_cluster.apply(CRD.read_text())
+    serve_runs(kueue_cluster)
     kueue_cluster.create_namespace(NAMESPACE)
     folder = tmp_path_factory.mktemp("operator")
     operator = OperatorProcess(

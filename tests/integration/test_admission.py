@@ -16,6 +16,7 @@ from posttrain.api.validate import parse_training_run
 from tests.cluster.cluster import TestCluster
 from tests.cluster.errors import ClusterError
 from tests.integration.conftest import serve_runs
+from tests.support.cluster_runs import ClusterRun, message_of, reasons
 
 pytestmark = pytest.mark.integration
 
@@ -152,6 +153,21 @@ def test_what_a_run_is_cannot_be_edited(api: TestCluster, stored: str) -> None:
         told = field if field.startswith(("resources.", "checkpoints.")) else field.partition(".")[0]
         assert f"spec.{told.removesuffix('.size')}: Invalid value" in str(refused.value), change
         assert f"{told.removesuffix('.size')} {CANNOT_CHANGE}" in str(refused.value), change
+
+
+def test_a_key_of_args_that_takes_the_place_of_another_is_refused_by_the_operator(run: ClusterRun) -> None:
+    run.apply(sft={"args": {"max_steps": 20, "seed": 1}})
+    run.await_running()
+
+    # CEL's == counts the keys of a free-form object, and compares the values of those that both have.
+    run.apply(sft={"args": {"max_steps": 20, "data_seed": 1}})
+
+    told = run.await_status(lambda s: reasons(s)["Accepted"] == ("False", "SpecChanged"), what="the refusal")
+    assert "change it back, or give the changed run another name" in message_of(told, "Accepted")
+    assert len(run.pods(attempt=1)) == 2
+    run.apply(sft={"args": {"max_steps": 20, "seed": 1}})
+    run.await_status(lambda s: reasons(s)["Accepted"] == ("True", "Accepted"), what="the run on its way")
+    assert run.complete()["attempt"] == 1
 
 
 def test_how_long_and_how_often_can_be_edited(api: TestCluster, stored: str) -> None:

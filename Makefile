@@ -19,7 +19,8 @@ export UV_PYTHON_DOWNLOADS := never
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check test test-unit test-workloads test-all integration e2e generate verify quickstart \
-  cluster cluster-down cluster-binaries cluster-packages cluster-parts $(BUILDS) clean
+  chaos cluster \
+  cluster-down cluster-binaries cluster-packages cluster-parts $(BUILDS) clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,9 @@ e2e: setup $(BUILDS) ## Run the tests on a real node, and those with Kueue
 test-all: setup $(BUILDS) ## Run every test
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
+chaos: setup build-control-plane ## Kill the operator at 300 random writes of runs' lives (20 minutes); see docs/development/chaos.md
+	POSTTRAIN_CHAOS_TRIALS=$${POSTTRAIN_CHAOS_TRIALS:-300} $(VENV)/bin/pytest -q -s tests/integration/test_chaos.py $(PYTEST_ARGS)
+
 generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, schemas, reference pages
 	@for image in operator trainer; do \
 	  $(VENV)/bin/uv export --locked --extra $$image --no-dev --no-emit-project --format requirements.txt -o images/$$image/requirements.txt >/dev/null || exit 1; \
@@ -81,7 +85,7 @@ cluster: setup build-control-plane $(if $(findstring fake,$(CLUSTER_ARGS)),,buil
 cluster-down: setup ## Stop it
 	$(PY) -m tests.cluster down
 
-cluster-binaries: $(BUILDS) ## Build the test cluster's programs into the cache (Go; the first time an hour)
+cluster-binaries: $(BUILDS) ## Build the test cluster's programs into the cache (Go; the first time half an hour)
 
 $(BUILDS): build-%: setup
 	@$(PY) -m tests.cluster.build $(if $(BUILD_UNTIL),--until $(BUILD_UNTIL)) $*

@@ -80,7 +80,7 @@ CALLS: dict[tuple[str, str, str], Iterable[Kind]] = {
     ("queues", "_read", "list"): (RESOURCE_FLAVOR, WORKLOAD_PRIORITY_CLASS),
     ("reconciler", "_create", "create"): PLANNED,
     ("reconciler", "_delete", "delete"): DELETED,
-    ("reconciler", "_is_foreign", "get"): PLANNED,
+    ("reconciler", "_find", "get"): PLANNED,
     ("reconciler", "_job_events", "list"): (EVENT,),
     ("reconciler", "_look", "delete"): (TRAINING_RUN,),
     ("reconciler", "_own_code", "get"): (CONFIG_MAP,),

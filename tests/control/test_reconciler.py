@@ -19,8 +19,11 @@ from posttrain.control.kinds import (
     NETWORK_POLICY,
     POD,
     PYTORCHJOB,
+    RESOURCE_FLAVOR,
     SERVICE_ACCOUNT,
     TRAINING_RUN,
+    WORKLOAD,
+    WORKLOAD_PRIORITY_CLASS,
     Kind,
 )
 from posttrain.control.port import Conflict, ObjectKey, Rejected, Unavailable
@@ -893,6 +896,59 @@ def test_a_run_with_own_code_that_ended_is_not_looked_at_any_more() -> None:
     bench.others.complete_gang(1, result=COMPLETED)
 
     assert bench.settle() is None
+
+
+# --- Queues ----------------------------------------------------------------------------------------------------------
+
+QUEUE = {"gpusPerNode": 0, "cpu": "2", "memory": "4Gi", "queueName": "team-a"}
+
+
+def kueue_object(kind: Kind, name: str, **fields: Any) -> Manifest:
+    return {"apiVersion": kind[0], "kind": kind[1], "metadata": {"name": name}, **fields}
+
+
+def admit(bench: Bench, *, flavor: str) -> None:
+    """Let Kueue admit the run's Workload."""
+    told = [
+        {"type": type_, "status": "True", "reason": type_, "message": ""} for type_ in ("QuotaReserved", "Admitted")
+    ]
+    pod_set = {"name": "trainer", "flavors": {"cpu": flavor}}
+    admission = {"clusterQueue": "cq", "podSetAssignments": [pod_set]}
+    bench.cluster.put({**child(bench, WORKLOAD), "status": {"conditions": told, "admission": admission}})
+
+
+def test_a_flavor_that_is_missing_is_looked_for_soon_because_its_quota_is_held() -> None:
+    bench = Bench()
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    admit(bench, flavor="later")
+    assert bench.settle() == 5
+    assert bench.says("PodsReady") == ("False", "FlavorMissing")
+
+    bench.cluster.put(kueue_object(RESOURCE_FLAVOR, "later", spec={}))
+    bench.wait(5)
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+def test_a_priority_that_is_missing_is_looked_for_now_and_then() -> None:
+    bench = Bench()
+    bench.submit(resources={**QUEUE, "workloadPriorityClass": "high"})
+    assert bench.settle() == 15
+    assert bench.says("Accepted") == ("False", "ReferencePending")
+
+    bench.cluster.put(kueue_object(WORKLOAD_PRIORITY_CLASS, "high", value=7))
+    bench.wait(15)
+    bench.settle()
+    assert child(bench, WORKLOAD)["spec"]["priority"] == 7
+
+
+def test_a_run_that_waits_in_its_queue_waits_for_news() -> None:
+    bench = Bench()
+    bench.submit(resources=QUEUE)
+
+    assert bench.settle() is None
+    assert bench.says("QuotaReserved") == ("False", "QuotaPending")
 
 
 # --- Events ----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import TestCluster
+from tests.support.api_proxy import ApiProxy
 from tests.support.chart_rights import read_rights
 from tests.support.cluster_runs import ClusterRun
-from tests.support.operator_process import NAMESPACE, OperatorProcess, add_claim
+from tests.support.operator_process import NAMESPACE, OperatorProcess, Replicas, add_claim
 from tests.support.tiers import attach_cluster_logs, fresh_namespace, require
 
 CRD = Path(__file__).parents[2] / "crds" / "posttrain.dev_trainingruns.yaml"
@@ -49,10 +50,23 @@ def kueue_namespace(kueue_cluster: TestCluster) -> Iterator[str]:
         yield name
 
 
+def serve_runs(cluster: TestCluster) -> None:
+    """Let the API server serve the resource, and wait until it does."""
+    cluster.apply(CRD.read_text())
+    cluster.await_json(
+        *("crd", "trainingruns.posttrain.dev"),
+        until=lambda crd: any(
+            (condition["type"], condition["status"]) == ("Established", "True")
+            for condition in crd.get("status", {}).get("conditions") or ()
+        ),
+        what="the resource to be served",
+    )
+
+
 @pytest.fixture(scope="session")
 def operator(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     """The operator, which leads; it may do what the chart allows it, and asks for nothing else."""
-    cluster.apply(CRD.read_text())
+    serve_runs(cluster)
     cluster.create_namespace(NAMESPACE)
     cluster.apply(read_rights(namespace=NAMESPACE))
     operator = OperatorProcess(
@@ -80,6 +94,45 @@ def run(cluster: TestCluster, operator: OperatorProcess, namespace: str) -> Clus
     for claim in ("inputs", "shared"):
         add_claim(cluster, namespace, claim)
     return ClusterRun(cluster, namespace)
+
+
+@pytest.fixture(scope="session")
+def faulty_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    """Another cluster, in which tests start operators of their own, stop them, and take the API server away."""
+    require("control-plane")
+    with TestCluster.start(tmp_path_factory.mktemp("faulty")) as started:
+        started.add_fake_nodes(8)
+        started.apply(CRD.read_text())
+        started.create_namespace(NAMESPACE)
+        yield started
+
+
+@pytest.fixture
+def proxy(faulty_cluster: TestCluster) -> Iterator[ApiProxy]:
+    """A way to the API server of the cluster for faults, at which things go wrong."""
+    with ApiProxy(faulty_cluster) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faulty_namespace(faulty_cluster: TestCluster) -> Iterator[str]:
+    """A namespace in the cluster for faults, with the claims that runs name."""
+    with fresh_namespace(faulty_cluster) as name:
+        for claim in ("inputs", "shared"):
+            add_claim(faulty_cluster, name, claim)
+        yield name
+
+
+@pytest.fixture
+def replicas(faulty_cluster: TestCluster, tmp_path: Path) -> Iterator[Replicas]:
+    """The operators of one test in the cluster for faults; none runs yet."""
+    replicas = Replicas(faulty_cluster, tmp_path)
+    try:
+        yield replicas
+    finally:
+        replicas.close()
+        # The next test's operator has not to wait until this one's lease is over.
+        faulty_cluster.kubectl("delete", "lease", "--all", "--namespace", NAMESPACE)
 
 
 @pytest.hookimpl(wrapper=True)

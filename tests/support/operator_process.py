@@ -5,7 +5,10 @@ It owns how both are started and reached; it must not know what a test is about.
 
 from __future__ import annotations
 
+import os
+import signal
 import ssl
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -19,7 +22,7 @@ from posttrain.plan.names import resource_path
 from tests.cluster.addresses import Ports
 from tests.cluster.cluster import TestCluster
 from tests.cluster.kwok import NODE_SELECTOR, TOLERATION
-from tests.cluster.processes import Process
+from tests.cluster.processes import Process, tail
 from tests.support.certificates import TestAuthority
 
 NAMESPACE = "posttrain-system"
@@ -89,6 +92,23 @@ class OperatorProcess:
         except OSError as error:
             return 0, str(error)
 
+    def is_alive(self) -> bool:
+        """Return whether /healthz says so."""
+        try:
+            url = f"http://127.0.0.1:{self.health_port}/healthz"
+            with urllib.request.urlopen(url, timeout=_HTTP_SECONDS) as found:
+                return bool(found.status == 200)
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """End it at once, without a word."""
+        os.kill(self.process.pid, signal.SIGKILL)
+
+    def log_tails(self) -> dict[str, str]:
+        """Return the end of its log."""
+        return {self.process.name: tail(self.process.log)}
+
     def close(self) -> None:
         """End it."""
         self.process.stop()
@@ -110,6 +130,44 @@ class OperatorProcess:
         context = ssl.create_default_context(cafile=str(self.certificate.authority))
         with urllib.request.urlopen(request, timeout=_HTTP_SECONDS, context=context) as answer:
             return FactsReply.model_validate_json(answer.read())
+
+
+class Replicas:
+    """The operators of one test, which end with it."""
+
+    def __init__(self, cluster: TestCluster, folder: Path) -> None:
+        self._cluster = cluster
+        self._folder = folder
+        self._started: list[OperatorProcess] = []
+
+    def add(
+        self, name: str, *, kubeconfig: Path | None = None, settings: Mapping[str, Any] | None = None
+    ) -> OperatorProcess:
+        """Start a replica, and wait until it is ready.
+
+        Raises:
+            ClusterError: it is not in time; the message has the end of its log.
+        """
+        operator = OperatorProcess(
+            self._cluster,
+            self._folder / name,
+            python=Path(sys.executable),
+            name=name,
+            kubeconfig=kubeconfig,
+            settings=settings,
+        )
+        self._started.append(operator)
+        operator.process.start()
+        return operator
+
+    def log_tails(self) -> dict[str, str]:
+        """Return the end of every replica's log by its name."""
+        return {name: text for operator in self._started for name, text in operator.log_tails().items()}
+
+    def close(self) -> None:
+        """End them."""
+        for operator in self._started:
+            operator.close()
 
 
 def pod_token(cluster: TestCluster, namespace: str, pod: str, *, audience: str) -> str:

@@ -15,6 +15,9 @@ import pytest
 
 from tests.cluster.cluster import TestCluster
 from tests.cluster.components import why_not
+from tests.support.operator_process import OperatorProcess, Replicas
+
+_LOGGED = (TestCluster, OperatorProcess, Replicas)
 
 
 def require(*parts: str) -> None:
@@ -38,7 +41,9 @@ def fresh_namespace(cluster: TestCluster) -> Iterator[str]:
 
 
 def attach_cluster_logs(item: pytest.Item, report: pytest.TestReport) -> None:
-    """Add the end of every component's log to the report of a test that failed with a cluster."""
-    fixtures = getattr(item, "funcargs", {}).values()
-    for cluster in {id(value): value for value in fixtures if isinstance(value, TestCluster)}.values():
-        report.sections += [(f"end of {name}'s log", text) for name, text in cluster.log_tails().items() if text]
+    """Add the end of every component's log, and of every operator's, to the report of a test that failed with them."""
+    fixtures = item.funcargs.values() if isinstance(item, pytest.Function) else ()
+    tails = {
+        name: text for fixture in fixtures if isinstance(fixture, _LOGGED) for name, text in fixture.log_tails().items()
+    }
+    report.sections += [(f"end of {name}'s log", text) for name, text in tails.items() if text]

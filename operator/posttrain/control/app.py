@@ -3,7 +3,7 @@
 It owns kopf, the process' options, its signals and its end; it must not know what is done about a run. kopf is used at
 the edge only: it watches the TrainingRuns and says when the process lives. It runs in a thread of its own, since it
 takes every task of its event loop for its own when it ends (kopf 1.45, running.py, `run_tasks`), and is started again
-when it does: queue, cache and lease live on.
+when it does: queue, cache and lease live on. A lost lease does not end the process; see `leadership`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from posttrain.control.cluster import Connection, connect
 from posttrain.control.fence import FencedCluster
 from posttrain.control.health import parse_address, serve_health
 from posttrain.control.kinds import TRAINING_RUN
-from posttrain.control.lease import Election, LeaseTimes, Lost
+from posttrain.control.leadership import Leadership
+from posttrain.control.lease import Election, LeaseTimes
 from posttrain.control.logs import configure_logs
 from posttrain.control.operator import Operator
 from posttrain.control.port import Unavailable
@@ -95,13 +96,18 @@ class KopfEdge:
         async def take(event: Any, **_: Any) -> None:
             # kopf gives an event's object without its type where it listed it.
             manifest = {"apiVersion": TRAINING_RUN[0], "kind": TRAINING_RUN[1], **event["object"]}
-            loop.call_soon_threadsafe(cache.drop if event["type"] == "DELETED" else cache.put, manifest)
+            if not stop.is_set():  # of a term that is over nothing is reported: its threads end late
+                loop.call_soon_threadsafe(cache.drop if event["type"] == "DELETED" else cache.put, manifest)
 
         settings = kopf.OperatorSettings()
         # Each of these would need rights of its own: events are ours, CRDs and namespaces nobody's business.
         settings.posting.enabled = False
         settings.scanning.disabled = True
         settings.networking.error_backoffs = (1, 2, 4, 8)
+        # Between two watches, also where each is answered with 410: a tenth of a second would be a hot loop.
+        settings.watching.reconnect_backoff = 1.0
+        # It would kill the process, which is more than kopf here.
+        settings.process.ultimate_exiting_timeout = None
         await kopf.operator(registry=registry, settings=settings, standalone=True, clusterwide=True, stop_flag=stop)
 
 
@@ -109,7 +115,7 @@ class KopfEdge:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the operator until it is told to stop or loses the lead; return the exit code."""
+    """Run the operator until it is told to stop; return the exit code."""
     options = _parse_options(argv)
     configure_logs(level=options.log_level)
     try:
@@ -140,25 +146,30 @@ async def _serve(options: argparse.Namespace, settings: Settings) -> int:
         monotonic=asyncio.get_running_loop().time,
     )
     fenced = FencedCluster(cluster, holds=election.holds)
-    operator = Operator(
-        fenced,
-        settings=settings,
-        edge=KopfEdge(cluster.connection),
-        authority=Authority(fenced, settings.progress_server, read_authority=certificate.authority_text),
-    )
+
+    def build_operator() -> Operator:
+        return Operator(
+            fenced,
+            settings=settings,
+            edge=KopfEdge(cluster.connection),
+            authority=Authority(fenced, settings.progress_server, read_authority=certificate.authority_text),
+        )
+
+    leadership = Leadership(election, build_operator=build_operator)
     server = ProgressServer(
         authenticator=Authenticator(cluster), writer=ProgressWriter(cluster), certificate=certificate
     )
     try:
         host, port = parse_address(options.serve_address)
         await server.start(host=host, port=port)
-        async with serve_health(options.health_address, election=election, operator=operator):
-            leading = asyncio.create_task(_lead(election, operator), name="leading")
+        async with serve_health(options.health_address, leadership=leadership):
+            leading = asyncio.create_task(leadership.run(), name="leading")
             stopped = asyncio.create_task(stopping.wait(), name="stopping")
             await asyncio.wait((leading, stopped), return_when=asyncio.FIRST_COMPLETED)
             code = 0
             if leading.done():
-                code = _explain_end(leading)
+                log.error("the operator ends by an error", exc_info=leading.exception())
+                code = 1
             leading.cancel()
             await asyncio.wait((leading,))
             if election.holds():
@@ -167,24 +178,6 @@ async def _serve(options: argparse.Namespace, settings: Settings) -> int:
     finally:
         await server.close()
         await cluster.close()
-
-
-async def _lead(election: Election, operator: Operator) -> None:
-    """Wait for the lead, and work until it is lost: then the work stops before another replica's may begin."""
-    await election.acquire()
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(election.hold(), name="lease")
-        tasks.create_task(operator.run(), name="operator")
-
-
-def _explain_end(leading: asyncio.Task[None]) -> int:
-    error = leading.exception()
-    lost = error.subgroup(Lost) if isinstance(error, BaseExceptionGroup) else None
-    if lost is not None:
-        log.error("not leading any more: this process ends", error=str(lost.exceptions[0]))
-    else:
-        log.error("the operator ends by an error", exc_info=error)
-    return 1
 
 
 def _own_namespace() -> str:

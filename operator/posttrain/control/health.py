@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from posttrain.control.lease import Election
-from posttrain.control.operator import Operator
+from posttrain.control.leadership import Leadership
 from posttrain.errors import UserError
 
 
@@ -28,7 +27,7 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 @asynccontextmanager
-async def serve_health(address: str, *, election: Election, operator: Operator) -> AsyncIterator[None]:
+async def serve_health(address: str, *, leadership: Leadership) -> AsyncIterator[None]:
     """Answer both while the block runs."""
 
     async def healthz(_: web.Request) -> web.Response:
@@ -36,7 +35,7 @@ async def serve_health(address: str, *, election: Election, operator: Operator) 
         return web.Response(text="ok\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        reasons = list(_unready(election, operator))
+        reasons = leadership.unready()
         return web.Response(status=503 if reasons else 200, text="\n".join(reasons or ["ok"]) + "\n")
 
     application = web.Application()
@@ -49,12 +48,3 @@ async def serve_health(address: str, *, election: Election, operator: Operator) 
         yield
     finally:
         await runner.cleanup()
-
-
-def _unready(election: Election, operator: Operator) -> list[str]:
-    if election.holder is None:
-        return ["lease: not read yet"]
-    if not election.holds():
-        # A replica that waits serves progress all the same.
-        return []
-    return [f"cache: {kind} not listed yet" for kind in operator.missing()]

@@ -59,18 +59,24 @@ class Election:
         """When the request was sent that renewed the lease last; None while another leads."""
         self.holder: str | None = None
         """Who holds the lease, as last read; None before the first answer."""
+        self.problem: str | None = None
+        """Why the lease could be neither held nor read when it was last tried; None if it could."""
 
     async def acquire(self) -> None:
         """Return when this replica holds the lease."""
         while True:
             try:
                 started = self._monotonic()
-                if await self._try():
+                held = await self._try()
+            except ClusterError as error:
+                self.problem = str(error)
+                log.warning("the lease cannot be read or written", error=self.problem)
+            else:
+                self.problem = None
+                if held:
                     self._renewed = started
                     log.info("leading", identity=self._identity)
                     return
-            except ClusterError as error:
-                log.warning("the lease cannot be read or written", error=str(error))
             await asyncio.sleep(self._times.period)
 
     async def hold(self) -> None:
@@ -88,7 +94,9 @@ class Election:
                     held = await self._try()
             except (TimeoutError, ClusterError) as error:
                 if self._seconds_left() <= 0:
-                    raise Lost(f"not renewed for {self._times.renew_deadline} s: {_describe(error)}") from error
+                    self._renewed = None
+                    self.problem = f"not renewed for {self._times.renew_deadline} s: {_describe(error)}"
+                    raise Lost(self.problem) from error
                 log.warning("the lease was not renewed", error=_describe(error))
                 continue
             if not held:

@@ -66,6 +66,10 @@ class Operator:
     def _is_listed(self, kind: str) -> bool:
         return any(self.cache.is_listed(known) for known in (TRAINING_RUN, *CHILDREN) if known[1] == kind)
 
+    def close(self) -> None:
+        """Forget what was due later: after `run` ended, nobody would do it."""
+        self.queue.close()
+
     async def run(self) -> None:
         """Work until cancelled; a task that ends by an error ends all of them."""
         async with asyncio.TaskGroup() as tasks:

@@ -127,6 +127,12 @@ class WorkQueue(Generic[K]):
         if timer is not None:
             timer.cancel()
 
+    def close(self) -> None:
+        """Let nothing come due any more."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
     def _due(self, key: K) -> None:
         self._timers.pop(key, None)
         self.add(key)

@@ -48,6 +48,8 @@ _ROUNDS = 5
 """How often a run is looked at anew at once because something had changed; then the queue's backoff counts."""
 _OBSTACLE_SECONDS = 30.0
 _REFERENCE_SECONDS = 15.0
+_FLAVOR_SECONDS = 5.0
+"""A run that waits for a flavor holds its quota all the while."""
 _PREDECESSOR_SECONDS = 2.0
 _MADE_SECONDS = 1.0
 _PATIENCE = timedelta(seconds=30)
@@ -366,8 +368,9 @@ def _look_again(
     if made:
         # Nobody tells of what was made here, and deadlines count from when it was.
         waits.append(_MADE_SECONDS)
-    if _waits_for_reference(run, plan, belongings):
-        waits.append(_REFERENCE_SECONDS)
+    reference = _reference_seconds(run, plan, belongings)
+    if reference is not None:
+        waits.append(reference)
     if _job_without_pods(run, belongings) is not None:
         waits.append(_PATIENCE.total_seconds())
     return min(waits, default=None)
@@ -402,13 +405,15 @@ def _code_ref(run: TrainingRun) -> ObjectRef:
     return ObjectRef(*CONFIG_MAP, names.code_name(run.metadata.name))
 
 
-def _waits_for_reference(run: TrainingRun, plan: Plan, belongings: Belongings) -> bool:
-    """Return whether something that nobody watches may decide how the run goes on: own code, or Kueue's set-up."""
-    if plan.objects or plan.status is None or plan.status.completion_time is not None:
-        return False
-    if run.spec.resources.queue_name is not None:
-        return True
-    return run.spec.code is not None and _code_ref(run) not in belongings.objects
+def _reference_seconds(run: TrainingRun, plan: Plan, belongings: Belongings) -> float | None:
+    """Return when to look again for what nobody watches: own code, or what Kueue's administrators set up."""
+    if plan.status is None or plan.status.completion_time is not None:
+        return None
+    reasons = {condition.reason for condition in plan.status.conditions or ()}
+    if "FlavorMissing" in reasons:
+        return _FLAVOR_SECONDS
+    code_is_lost = not plan.objects and run.spec.code is not None and _code_ref(run) not in belongings.objects
+    return _REFERENCE_SECONDS if code_is_lost or reasons & {"ReferencePending", "KueueMissing"} else None
 
 
 def _status_data(plan: Plan) -> dict[str, Any]:

@@ -1,0 +1,194 @@
+"""Trials: short lives of runs, each cut through once by the operator's death at a drawn write of that run.
+
+It owns the lives, the draw, and what is found after each; it must not judge it. Several runs live beside each other,
+so the death that is one run's own finds the others anywhere in their lives.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.contract.result import Result, to_termination_message
+from posttrain.plan import labels
+from tests.cluster.cluster import TestCluster
+from tests.cluster.errors import ClusterError
+from tests.cluster.processes import poll
+from tests.support.api_proxy import ApiProxy, ApiRequest, Strike, When
+from tests.support.cluster_runs import COMPLETED, ClusterRun, reasons
+from tests.support.operator_process import OperatorProcess
+
+LIFE_SECONDS = 120.0
+_COLLECTED_SECONDS = 30.0
+_KILLED = Result(reason="RankKilled", message="rank 1 was killed by signal 9", rank=1)
+_CHILDREN = "pytorchjobs,jobs,pods,configmaps,serviceaccounts,persistentvolumeclaims,networkpolicies"
+_COUNTED = frozenset({"pytorchjobs", "jobs", "pods", "configmaps", "serviceaccounts", "networkpolicies"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """A moment in a run's life: its n-th write, before the API server saw it or with the answer lost."""
+
+    number: int
+    when: When
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One run's life, and what it left behind."""
+
+    run: ClusterRun
+    death: Death | None
+    strike: Strike | None = None
+    status: dict[str, Any] = field(default_factory=dict)
+    orphans: list[str] = field(default_factory=list)
+    """Objects with the run's label that are neither the run's nor its children's."""
+
+    @property
+    def struck(self) -> ApiRequest | None:
+        """The write at which the operator died; None where the life had not so many."""
+        return self.strike.struck if self.strike else None
+
+
+def draw_deaths(rng: random.Random, *, writes: int, trials: int) -> Iterator[Death]:
+    """Yield moments in a random order, every one of them once before any comes again."""
+    moments: list[Death] = []
+    for _ in range(trials):
+        if not moments:
+            moments = [Death(number=n, when=when) for n in range(1, writes + 1) for when in ("before", "after")]
+            rng.shuffle(moments)
+        yield moments.pop()
+
+
+def live(cluster: TestCluster, operator: OperatorProcess, proxy: ApiProxy, trials: Sequence[Trial]) -> None:
+    """Live these lives beside each other, note what each left, and delete the runs.
+
+    Raises:
+        ClusterError: a run did not end in time; the message has its status.
+    """
+    for trial in trials:
+        if trial.death is not None:
+            trial.strike = _arrange(operator, proxy, trial.run, trial.death)
+        trial.run.apply()
+    _play(cluster, operator, [trial.run for trial in trials])
+    proxy.strikes.clear()
+    for trial in trials:
+        trial.status = trial.run.status()
+        trial.orphans = _await_no_orphans(trial.run)
+    names = [trial.run.name for trial in trials]
+    trials[0].run.kubectl("delete", "trainingrun", *names, "--wait=false")
+
+
+def substance(status: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a status does not depend on when and where it all happened, nor on the run's name."""
+    failure = status.get("failure") or {}
+    restarts = dict(status.get("restarts") or {})
+    restarts["nodeFailures"] = sum((restarts.pop("nodeFailures", None) or {}).values())
+    return {
+        **{name: status.get(name) for name in ("stage", "attempt", "gpus", "model", "hold")},
+        "restarts": restarts,
+        "failure": {name: failure.get(name) for name in ("reason", "rank", "exitCode", "attempt")},
+        "conditions": reasons(status),
+    }
+
+
+def is_of(asked: ApiRequest, run: ClusterRun) -> bool:
+    """Return whether a request is about a run, a child of it or an event of it."""
+    return asked.namespace == run.namespace and _belongs(asked.name, run.name)
+
+
+def count_created(cluster: TestCluster, runs: Sequence[ClusterRun]) -> dict[str, Counter[str]]:
+    """Return by run how often each of its children was created, whoever did it: `pytorchjobs/demo-a1`."""
+    created: dict[str, Counter[str]] = {run.name: Counter() for run in runs}
+    (namespace,) = {run.namespace for run in runs}
+    for event in cluster.audit():
+        about = event.get("objectRef") or {}
+        if (event["verb"], about.get("namespace"), event["responseStatus"].get("code")) != ("create", namespace, 201):
+            continue
+        name = about.get("name") or ""
+        if about["resource"] in _COUNTED and not about.get("subresource"):
+            for run in runs:
+                if _belongs(name, run.name):
+                    created[run.name][f"{about['resource']}/{name.replace(run.name, 'demo', 1)}"] += 1
+    return created
+
+
+def _belongs(name: str, run: str) -> bool:
+    return name == run or name.startswith((f"{run}-", f"{run}."))
+
+
+def _arrange(operator: OperatorProcess, proxy: ApiProxy, run: ClusterRun, death: Death) -> Strike:
+    seen = 0
+
+    def match(asked: ApiRequest) -> bool:
+        nonlocal seen
+        if not asked.is_write or not is_of(asked, run):
+            return False
+        seen += 1
+        return seen == death.number
+
+    return proxy.strike(match, when=death.when, act=operator.kill)
+
+
+# --- The world -------------------------------------------------------------------------------------------------------
+
+
+def _play(cluster: TestCluster, operator: OperatorProcess, runs: Sequence[ClusterRun]) -> None:
+    """Let every first gang die once it runs, and every second end well; a dead operator is started again."""
+    by_name = {run.name: run for run in runs}
+    ended: set[tuple[str, int]] = set()
+    statuses: dict[str, dict[str, Any]] = {}
+
+    def look() -> bool:
+        if not operator.process.is_running():
+            operator.process.start(wait=False)
+        found = cluster.get("trainingruns", "--namespace", runs[0].namespace)["items"]
+        statuses.update({run["metadata"]["name"]: run.get("status") or {} for run in found})
+        for name, run in by_name.items():
+            attempt = statuses[name].get("attempt") or 0
+            if statuses[name].get("attemptRunningTime") and (name, attempt) not in ended:
+                ended.add((name, attempt))
+                _end_gang(run, attempt)
+        return all(statuses[name].get("stage") in ("Succeeded", "Failed") for name in by_name)
+
+    try:
+        poll(look, what="every run to end", seconds=LIFE_SECONDS)
+    except ClusterError as error:
+        left = {name: statuses.get(name) for name in by_name if statuses[name].get("stage") != "Succeeded"}
+        raise ClusterError(f"{error}: {left}") from error
+
+
+def _end_gang(run: ClusterRun, attempt: int) -> None:
+    if attempt == 1:
+        # The job is over then, and its master is taken away.
+        run.end_pod(1, attempt=attempt, exit_code=138, message=to_termination_message(_KILLED))
+        return
+    # The worker first: a job has succeeded when its master has, and its workers are taken away then.
+    for node in (1, 0):
+        run.end_pod(node, attempt=attempt, exit_code=0, message=to_termination_message(COMPLETED))
+
+
+def _await_no_orphans(run: ClusterRun) -> list[str]:
+    """Return what is left without an owner when the garbage collector has had its time."""
+    uid = run.read()["metadata"]["uid"]
+    orphans: list[str] = []
+
+    def look() -> bool:
+        selector = ("--selector", f"{labels.RUN}={run.name}")
+        found = run.cluster.get(_CHILDREN, "--namespace", run.namespace, *selector)["items"]
+        own = {uid, *(child["metadata"]["uid"] for child in found if _owner(child) == uid)}
+        orphans[:] = [f"{child['kind']}/{child['metadata']['name']}" for child in found if _owner(child) not in own]
+        return not orphans
+
+    with suppress(ClusterError):
+        poll(look, what="the garbage collector", seconds=_COLLECTED_SECONDS)
+    return orphans
+
+
+def _owner(child: dict[str, Any]) -> str | None:
+    references = child["metadata"].get("ownerReferences") or ()
+    return next((reference["uid"] for reference in references if reference.get("controller")), None)

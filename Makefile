@@ -85,7 +85,7 @@ cluster: setup build-control-plane $(if $(findstring fake,$(CLUSTER_ARGS)),,buil
 cluster-down: setup ## Stop it
 	$(PY) -m tests.cluster down
 
-cluster-binaries: $(BUILDS) ## Build the test cluster's programs into the cache (Go; the first time an hour)
+cluster-binaries: $(BUILDS) ## Build the test cluster's programs into the cache (Go; the first time half an hour)
 
 $(BUILDS): build-%: setup
 	@$(PY) -m tests.cluster.build $(if $(BUILD_UNTIL),--until $(BUILD_UNTIL)) $*

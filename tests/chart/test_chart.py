@@ -18,6 +18,7 @@ import yaml
 import posttrain
 from posttrain.control.app import _parse_options
 from posttrain.settings import Settings, load_settings
+from tests.support.chart_rights import read_rights
 from tests.support.helm import CHART, HelmRefused, Manifest, helm, pick, render
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,18 @@ def test_every_namespaced_object_is_in_the_releases_namespace(full: list[Manifes
             {"kind": "ServiceAccount", "name": "other-posttrain-operator", "namespace": "elsewhere"}
         ]
         assert found["roleRef"]["name"] == "other-posttrain-operator"
+
+
+def test_the_rights_that_other_tests_read_from_the_template_are_those_that_helm_renders() -> None:
+    full = render(FULL, release="other", namespace="elsewhere")
+    lease = "other-posttrain-operator"
+    read = read_rights(release="other-posttrain", namespace="elsewhere", lease=lease)
+    kinds = {item["kind"] for item in read}
+
+    rendered = [item for item in full if item["kind"] in kinds]
+    for item in rendered:
+        del item["metadata"]["labels"]
+    assert sorted(rendered, key=str) == sorted(read, key=str)
 
 
 # --- The pods --------------------------------------------------------------------------------------------------------
@@ -344,6 +357,17 @@ def test_the_readme_names_every_value_with_its_default() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \|", (CHART / "README.md").read_text(), re.MULTILINE)
 
     assert {name: yaml.safe_load(default) for name, default in rows} == values
+
+
+def test_the_examples_of_the_documentation_are_values() -> None:
+    (guide,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "installation.md").read_text(), re.DOTALL)
+    comment = re.search(r"^#   settings:\n(#     .*\n)+", (CHART / "values.yaml").read_text(), re.MULTILINE)
+    assert comment is not None
+    example = re.sub("^#   ", "", comment[0], flags=re.MULTILINE)
+
+    for values in (yaml.safe_load(guide), yaml.safe_load(example)):
+        render(values)
+        assert Settings.model_validate(values["settings"]).default_profile == "h100"
 
 
 def test_the_generated_files_are_up_to_date() -> None:

@@ -23,10 +23,13 @@ from posttrain.control.kinds import (
     PLURALS,
     POD,
     PYTORCHJOB,
+    RESOURCE_FLAVOR,
     TOKEN_REVIEW,
     TRAINING_RUN,
+    WORKLOAD_PRIORITY_CLASS,
     Kind,
 )
+from tests.support.chart_rights import read_rights
 
 ROOT = Path(__file__).parents[2]
 CONTROL = ROOT / "operator" / "posttrain" / "control"
@@ -37,6 +40,13 @@ PLANS = [
 PLANNED: set[Kind] = {(made["apiVersion"], made["kind"]) for _, *objects in PLANS for made in objects}
 DELETED: set[Kind] = {
     kind for verdict, *_ in PLANS for ref in verdict["deletes"] for kind in CHILDREN if kind[1] == ref.split()[0]
+}
+PATCHED: set[tuple[Kind, str]] = {
+    (kind, patch["subresource"])
+    for verdict, *_ in PLANS
+    for patch in verdict["patches"]
+    for kind in CHILDREN
+    if kind[1] == patch["object"].split()[0]
 }
 
 VERBS = {
@@ -67,12 +77,15 @@ CALLS: dict[tuple[str, str, str], Iterable[Kind]] = {
     ("operator", "_list_runs", "list"): (TRAINING_RUN,),
     ("progress", "_fold_into_status", "apply_status"): (TRAINING_RUN,),
     ("progress", "_read", "get"): (TRAINING_RUN,),
+    ("queues", "_read", "list"): (RESOURCE_FLAVOR, WORKLOAD_PRIORITY_CLASS),
     ("reconciler", "_create", "create"): PLANNED,
     ("reconciler", "_delete", "delete"): DELETED,
-    ("reconciler", "_is_foreign", "get"): PLANNED,
+    ("reconciler", "_find", "get"): PLANNED,
+    ("reconciler", "_job_events", "list"): (EVENT,),
     ("reconciler", "_look", "delete"): (TRAINING_RUN,),
     ("reconciler", "_own_code", "get"): (CONFIG_MAP,),
-    ("reconciler", "_refresh", "get"): (TRAINING_RUN,),
+    ("reconciler", "_patch", "patch"): (),  # PATCHED, each with its subresource
+    ("reconciler", "_refresh", "get"): (TRAINING_RUN, *(kind for kind, _ in PATCHED)),
     ("reconciler", "_repair", "apply"): PLANNED,
     ("reconciler", "_require_no_gang", "list"): (POD,),
     ("reconciler", "_tell", "create"): (EVENT,),
@@ -109,6 +122,8 @@ def needed_rights() -> dict[tuple[str, str], set[str]]:
         for kind in kinds:
             subresource = "/status" if method == "apply_status" else ""
             needed[group_of(kind), PLURALS[kind] + subresource].add(VERBS[method])
+    for kind, subresource in PATCHED:
+        needed[group_of(kind), f"{PLURALS[kind]}/{subresource}".removesuffix("/")].add("patch")
     # kopf's own requests.
     needed[group_of(TRAINING_RUN), PLURALS[TRAINING_RUN]] |= {"list", "watch"}
     children = [made for _, *objects in PLANS for made in objects]
@@ -124,16 +139,13 @@ def group_of(kind: Kind) -> str:
 
 
 def read_roles() -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Return the rules of the chart's roles by their kind and what their name ends with; no rule has an expression."""
-    text = (ROOT / "charts" / "posttrain" / "templates" / "rbac.yaml").read_text()
-    roles = {}
-    for document in text.split("\n---\n"):
-        head, separator, rules = document.partition("\nrules:\n")
-        if separator:
-            kind = head.partition("\nkind: ")[2].partition("\n")[0]
-            name = head.partition('"posttrain.fullname" . }}-')[2].partition("\n")[0]
-            roles[kind, name] = yaml.safe_load(rules.replace('{{ include "posttrain.leaseName" . | quote }}', "LEASE"))
-    return roles
+    """Return the rules of the chart's roles by their kind and what their name ends with."""
+    rights = read_rights(namespace="posttrain-system", lease="LEASE")
+    return {
+        (role["kind"], role["metadata"]["name"].removeprefix("posttrain-")): role["rules"]
+        for role in rights
+        if "rules" in role
+    }
 
 
 def granted(*rules: dict[str, Any]) -> dict[tuple[str, str], set[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,13 +22,14 @@ from tests.cluster.errors import ClusterError
 from tests.cluster.host_webhooks import apply_objects
 from tests.cluster.images import BUSYBOX
 from tests.cluster.kueue import install_kueue
-from tests.cluster.kwok import MANAGED, build_fake_node, build_kwok, next_names
+from tests.cluster.kwok import PLAYED, build_fake_node, build_kwok, next_names
 from tests.cluster.machine import Machine
 from tests.cluster.node import Node
 from tests.cluster.processes import Process, end_leftovers, poll, tail
 from tests.cluster.training_operator import TUNED, TrainingOperatorOptions, install_training_operator
 
 NODE_SECONDS = 60.0
+_LOCK = "test-cluster.lock"
 
 
 class TestCluster:
@@ -107,7 +108,9 @@ class TestCluster:
 
     def _take_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / "lock").open("a")
+        if any(self.folder.iterdir()) and not (self.folder / _LOCK).exists():
+            raise ClusterError(f"{self.folder} is not empty, and no cluster was in it: it would be emptied")
+        lock = (self.folder / _LOCK).open("a")
         self._exit.callback(lock.close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,7 +118,7 @@ class TestCluster:
             raise ClusterError(f"a cluster runs already in {self.folder}") from None
         end_leftovers(self.folder)
         for path in self.folder.iterdir():
-            if path.name != "lock":
+            if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _stop_processes(self) -> None:
@@ -226,9 +229,9 @@ class TestCluster:
 
     def silence_node(self, name: str) -> None:
         """Let nobody play a fake node any more: its pods stay as they are until it is lost. Errors as `kubectl`."""
-        self.kubectl("annotate", "node", name, f"{MANAGED}-")
+        self.kubectl("label", "node", name, f"{PLAYED}-")
 
-    def await_json(self, *args: str, until: Any, what: str, seconds: float = NODE_SECONDS) -> Any:
+    def await_json(self, *args: str, until: Callable[[Any], bool], what: str, seconds: float = NODE_SECONDS) -> Any:
         """Poll `get` until `until` is true of its answer, and return that answer.
 
         Raises:

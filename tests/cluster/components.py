@@ -49,7 +49,7 @@ class Component:
         digest = hashlib.sha256()
         for file in ("go.mod", "go.sum"):
             digest.update((self.module_folder / file).read_bytes() + b"\0")
-        recipe = [_go_version(self.module_folder), self.ldflags, dict(self.packages), dict(self.manifests)]
+        recipe = [_go_version(self.module_folder), self.ldflags, self.needed_packages, dict(self.manifests)]
         digest.update(json.dumps(recipe).encode())
         return cache_root().absolute() / "cluster" / f"{self.name}-{digest.hexdigest()[:12]}"
 

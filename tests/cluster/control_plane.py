@@ -6,6 +6,7 @@ It owns their flags, the users with a token, and kubeconfigs; it must not know w
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -94,11 +95,22 @@ class ControlPlane:
         """
         argv = [self._kubectl, "--kubeconfig", kubeconfig or self.kubeconfig]
         argv += ["--cache-dir", self.folder / "kubectl-cache", *args]
-        ran = subprocess.run(
-            list(map(str, argv)), input=input, capture_output=True, text=True, timeout=_KUBECTL_SECONDS, check=False
-        )
+        # A proxy of this machine's does not know the cluster.
+        environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        command = " ".join(map(str, args))
+        try:
+            ran = subprocess.run(
+                list(map(str, argv)),
+                input=input,
+                env=environ,
+                capture_output=True,
+                text=True,
+                timeout=_KUBECTL_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(f"kubectl {command}: no end within {_KUBECTL_SECONDS:.0f} s") from error
         if ran.returncode != 0:
-            command = " ".join(map(str, args))
             raise ClusterError(f"kubectl {command}: exit code {ran.returncode}\n{ran.stderr}{ran.stdout}")
         return ran.stdout
 

@@ -14,10 +14,12 @@ from tests.cluster.control_plane import KWOK as USER
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.processes import Process
 
-MANAGED = "kwok.x-k8s.io/node"
-"""Annotation and taint of a fake node: pods for it tolerate `kwok.x-k8s.io/node`, and select `type: kwok`."""
-TOLERATION = {"key": MANAGED, "operator": "Exists", "effect": "NoSchedule"}
+TAINT = "kwok.x-k8s.io/node"
+TOLERATION = {"key": TAINT, "operator": "Exists", "effect": "NoSchedule"}
 NODE_SELECTOR = {"type": "kwok"}
+"""With the toleration what a pod needs to get to a fake node."""
+PLAYED = "sim.posttrain.dev/played"
+"""Label of a fake node as long as KWOK plays its kubelet."""
 PREFIX = "sim.posttrain.dev"
 """A pod's annotations `sim.posttrain.dev/<what>`, set at any time, say what its fake kubelet plays: `exit-code`,
 `reason`, `message` and `after` (a duration) for its containers' end, `evict` (a message) for its eviction."""
@@ -41,7 +43,8 @@ def build_kwok(control_plane: ControlPlane) -> Process:
         f"--kubeconfig={control_plane.write_kubeconfig(USER, token=control_plane.tokens[USER])}",
         f"--config={stages}",
         "--manage-all-nodes=false",
-        f"--manage-nodes-with-annotation-selector={MANAGED}=fake",
+        # By annotation it would not notice when a node is no longer its own.
+        f"--manage-nodes-with-label-selector={PLAYED}=true",
         "--cidr=10.250.0.0/16",
         "--node-ip=10.251.0.1",
         "--node-lease-duration-seconds=40",  # more, and the controller manager sees the nodes flap
@@ -57,15 +60,15 @@ def build_fake_node(name: str, *, gpus: int, cpu: int, memory: str) -> dict[str,
         "kind": "Node",
         "metadata": {
             "name": name,
-            "annotations": {MANAGED: "fake"},
             "labels": {
+                PLAYED: "true",
                 **NODE_SELECTOR,
                 "kubernetes.io/hostname": name,
                 "kubernetes.io/os": "linux",
                 "kubernetes.io/arch": "amd64",
             },
         },
-        "spec": {"taints": [{"key": MANAGED, "value": "fake", "effect": "NoSchedule"}]},
+        "spec": {"taints": [{"key": TAINT, "value": "fake", "effect": "NoSchedule"}]},
         "status": {"allocatable": resources, "capacity": resources},
     }
 

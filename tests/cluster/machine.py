@@ -75,8 +75,7 @@ class Machine:
             ClusterError: a mount or an address was refused; the message has what the command wrote.
         """
         remove_stale_cgroups()
-        for root in _cgroup_roots():
-            (root / self.cgroup).mkdir(exist_ok=True)
+        _make_cgroup(self.cgroup)
         self.init.start()
         ip = str(find_program("ip"))
         pid = str(self.init.pid)
@@ -159,6 +158,18 @@ def remove_stale_cgroups() -> None:
         pid, ticks = name.removeprefix(f"{_CGROUP_PREFIX}-").split("-")[:2]
         if not ProcessId(pid=int(pid), start_ticks=int(ticks)).is_alive():
             _remove_cgroup(name)
+
+
+def _make_cgroup(name: str) -> None:
+    for root in _cgroup_roots():
+        (root / name).mkdir(exist_ok=True)
+        # Version 2: the kubelet wants every controller that the root has.
+        delegated = root / "cgroup.subtree_control"
+        if delegated.exists():
+            missing = set((root / "cgroup.controllers").read_text().split()) - set(delegated.read_text().split())
+            for controller in missing:
+                with suppress(OSError):
+                    delegated.write_text(f"+{controller}")
 
 
 def _remove_cgroup(name: str) -> None:

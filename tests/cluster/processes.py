@@ -85,7 +85,7 @@ class Process:
             ClusterError: it is not running.
         """
         if self._container is None or self._container.wait(timeout_seconds=0):
-            raise ClusterError(f"{self.name} is not running:\n{tail(self.log)}")
+            raise ClusterError(f"{self.name} is not running")
         main = self._container.main.pid
         return next(iter(descendants(main)), main) if self._forks else main
 
@@ -106,7 +106,9 @@ class Process:
         )
         self._record.parent.mkdir(exist_ok=True)
         known = [self._container.main, self._container.shim]
-        self._record.write_text(json.dumps([[process.pid, process.start_ticks] for process in known]))
+        written = self._record.with_suffix(".new")
+        written.write_text(json.dumps([[process.pid, process.start_ticks] for process in known]))
+        written.replace(self._record)
         if wait:
             self.await_ready()
 

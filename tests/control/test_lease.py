@@ -453,7 +453,7 @@ def test_there_are_never_two_leaders(
             asyncio.create_task(live(Flaky(cluster, calls=way), f"replica-{number}", turns[number], elections))  # type: ignore[arg-type]  # the calls that it makes
             for number, way in enumerate(calls)
         ]
-        for _ in range(1000):
+        for _ in range(3000):
             await asyncio.sleep(0.25)
             assert sum(election.holds() for election in elections) <= 1
         assert not any(task.done() for task in tasks)

@@ -19,8 +19,11 @@ from posttrain.control.kinds import (
     NETWORK_POLICY,
     POD,
     PYTORCHJOB,
+    RESOURCE_FLAVOR,
     SERVICE_ACCOUNT,
     TRAINING_RUN,
+    WORKLOAD,
+    WORKLOAD_PRIORITY_CLASS,
     Kind,
 )
 from posttrain.control.port import Conflict, ObjectKey, Rejected, Unavailable
@@ -163,7 +166,9 @@ def test_every_child_is_created_once_and_owned_by_the_run() -> None:
     assert len(created) == 5
     for body in created:
         assert body["metadata"]["ownerReferences"] == [owner | {"controller": True, "blockOwnerDeletion": True}]
-    assert not [call for call in bench.port.calls if call.method in ("get", "list", "apply")]
+    assert not [call for call in bench.port.calls if call.method in ("get", "apply")]
+    # Before a gang is made it is seen for certain that no other one lives.
+    assert [call.text for call in bench.port.calls if call.method == "list"] == ["list Pod"]
 
 
 def test_a_status_is_written_under_the_version_that_it_was_planned_from() -> None:
@@ -393,6 +398,31 @@ def test_a_pod_that_only_a_live_list_shows_holds_the_new_gang_back() -> None:
     bench.others.remove_pod(late["metadata"]["name"])
     bench.settle()
     assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a2"]
+
+
+def test_a_first_gang_whose_creation_got_no_answer_is_not_made_twice() -> None:
+    undisturbed = Bench()
+    undisturbed.submit()
+    undisturbed.settle()
+    before = [call.text for call in undisturbed.port.calls].index("create PyTorchJob demo-a1")
+    bench = Bench()
+    bench.submit()
+    lost = Fault(when="after", error=Unavailable("the answer broke off"))
+    bench.port.faults.extend([*[None] * before, lost])
+    with pytest.raises(Unavailable):
+        bench.settle()
+    # It was made, and then deleted; its pod ends slowly, and the watch of the pods lags behind.
+    bench.others.make_pods()
+    bench.others.run_pods(1)
+    bench.others.delete(PYTORCHJOB, "demo-a1")
+    for _ in range(3):
+        bench.see(TRAINING_RUN, PYTORCHJOB)
+        bench.reconcile()
+    assert bench.names(PYTORCHJOB) == []
+
+    bench.others.finish_deletions()
+    bench.settle()
+    assert len(bench.names(PYTORCHJOB)) == 1
 
 
 # --- Obstacles -------------------------------------------------------------------------------------------------------
@@ -866,6 +896,59 @@ def test_a_run_with_own_code_that_ended_is_not_looked_at_any_more() -> None:
     bench.others.complete_gang(1, result=COMPLETED)
 
     assert bench.settle() is None
+
+
+# --- Queues ----------------------------------------------------------------------------------------------------------
+
+QUEUE = {"gpusPerNode": 0, "cpu": "2", "memory": "4Gi", "queueName": "team-a"}
+
+
+def kueue_object(kind: Kind, name: str, **fields: Any) -> Manifest:
+    return {"apiVersion": kind[0], "kind": kind[1], "metadata": {"name": name}, **fields}
+
+
+def admit(bench: Bench, *, flavor: str) -> None:
+    """Let Kueue admit the run's Workload."""
+    told = [
+        {"type": type_, "status": "True", "reason": type_, "message": ""} for type_ in ("QuotaReserved", "Admitted")
+    ]
+    pod_set = {"name": "trainer", "flavors": {"cpu": flavor}}
+    admission = {"clusterQueue": "cq", "podSetAssignments": [pod_set]}
+    bench.cluster.put({**child(bench, WORKLOAD), "status": {"conditions": told, "admission": admission}})
+
+
+def test_a_flavor_that_is_missing_is_looked_for_soon_because_its_quota_is_held() -> None:
+    bench = Bench()
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    admit(bench, flavor="later")
+    assert bench.settle() == 5
+    assert bench.says("PodsReady") == ("False", "FlavorMissing")
+
+    bench.cluster.put(kueue_object(RESOURCE_FLAVOR, "later", spec={}))
+    bench.wait(5)
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+def test_a_priority_that_is_missing_is_looked_for_now_and_then() -> None:
+    bench = Bench()
+    bench.submit(resources={**QUEUE, "workloadPriorityClass": "high"})
+    assert bench.settle() == 15
+    assert bench.says("Accepted") == ("False", "ReferencePending")
+
+    bench.cluster.put(kueue_object(WORKLOAD_PRIORITY_CLASS, "high", value=7))
+    bench.wait(15)
+    bench.settle()
+    assert child(bench, WORKLOAD)["spec"]["priority"] == 7
+
+
+def test_a_run_that_waits_in_its_queue_waits_for_news() -> None:
+    bench = Bench()
+    bench.submit(resources=QUEUE)
+
+    assert bench.settle() is None
+    assert bench.says("QuotaReserved") == ("False", "QuotaPending")
 
 
 # --- Events ----------------------------------------------------------------------------------------------------------

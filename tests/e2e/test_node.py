@@ -186,6 +186,8 @@ def test_a_node_changes_nothing_on_this_host(
     await_phase(node_cluster, node_namespace, "runs", "Running")
 
     assert observe_host() == host_before
+    assert str(node_cluster.folder) not in Path("/proc/mounts").read_text()
+    assert str(node_cluster.folder) in node_cluster.node.machine.run("cat", "/proc/mounts")
     rules = node_cluster.node.machine.run("nft", "list", "tables").splitlines()
     assert "table ip kube-proxy" in rules
     assert node_cluster.node.machine.run("cat", "/proc/sys/vm/overcommit_memory") == "1\n"

@@ -10,6 +10,7 @@ import pytest
 
 from tests.cluster.cluster import TestCluster
 from tests.support.api_proxy import ApiProxy
+from tests.support.chart_rights import read_rights
 from tests.support.cluster_runs import ClusterRun
 from tests.support.operator_process import NAMESPACE, OperatorProcess, Replicas, add_claim
 from tests.support.tiers import attach_cluster_logs, fresh_namespace, require
@@ -49,17 +50,42 @@ def kueue_namespace(kueue_cluster: TestCluster) -> Iterator[str]:
         yield name
 
 
+def serve_runs(cluster: TestCluster) -> None:
+    """Let the API server serve the resource, and wait until it does."""
+    cluster.apply(CRD.read_text())
+    cluster.await_json(
+        *("crd", "trainingruns.posttrain.dev"),
+        until=lambda crd: any(
+            (condition["type"], condition["status"]) == ("Established", "True")
+            for condition in crd.get("status", {}).get("conditions") or ()
+        ),
+        what="the resource to be served",
+    )
+
+
 @pytest.fixture(scope="session")
 def operator(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    """The operator, which leads."""
-    cluster.apply(CRD.read_text())
+    """The operator, which leads; it may do what the chart allows it, and asks for nothing else."""
+    serve_runs(cluster)
     cluster.create_namespace(NAMESPACE)
-    operator = OperatorProcess(cluster, tmp_path_factory.mktemp("operator"), python=Path(sys.executable))
+    cluster.apply(read_rights(namespace=NAMESPACE))
+    operator = OperatorProcess(
+        cluster,
+        tmp_path_factory.mktemp("operator"),
+        python=Path(sys.executable),
+        kubeconfig=cluster.service_account_kubeconfig(NAMESPACE, "posttrain-operator"),
+    )
     try:
         operator.process.start()
         yield operator
     finally:
         operator.close()
+    user = f"system:serviceaccount:{NAMESPACE}:posttrain-operator"
+    asked = [event for event in cluster.audit() if event["user"]["username"] == user]
+    decisions = {f"{e['verb']} {e['requestURI']}": e["annotations"]["authorization.k8s.io/decision"] for e in asked}
+    refused = [request for request, decision in decisions.items() if decision != "allow"]
+    assert asked
+    assert not refused, "charts/posttrain/templates/rbac.yaml does not grant what the operator asked for"
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import yaml
 from tests.cluster.cluster import TestCluster
 from tests.cluster.errors import ClusterError
 from tests.cluster.kwok import NODE_SELECTOR, TOLERATION
-from tests.support.helm import CHART, helm
+from tests.support.helm import CHART, find_helm, helm
+from tests.support.tiers import require
 
 pytestmark = pytest.mark.integration
 
@@ -34,12 +35,11 @@ class Release:
         )
 
     def upgrade(self, **settings: Any) -> None:
-        """Install or upgrade with these settings; what another test applied or changed is taken over."""
+        """Install or upgrade with these settings; what kubectl changed meanwhile is set again."""
         values = {"nodeSelector": NODE_SELECTOR, "tolerations": [TOLERATION], "settings": settings}
         file = self.cluster.folder / "chart-values.yaml"
         file.write_text(yaml.safe_dump(values))
-        taken = ("--take-ownership", "--force-conflicts")
-        self.helm("upgrade", str(CHART), "--install", *taken, "--values", str(file))
+        self.helm("upgrade", str(CHART), "--install", "--force-conflicts", "--values", str(file))
 
     def certificate(self) -> dict[str, Any]:
         secret: dict[str, Any] = self.cluster.get("secret", "posttrain-progress-tls", "--namespace", NAMESPACE)
@@ -47,14 +47,23 @@ class Release:
 
 
 @pytest.fixture(scope="module")
-def release(cluster: TestCluster) -> Iterator[Release]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    """One of its own: definitions and roles are the whole cluster's, and other tests bring theirs."""
+    require("control-plane")
+    find_helm()
+    with TestCluster.start(tmp_path_factory.mktemp("chart")) as started:
+        started.add_fake_nodes(2)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def release(cluster: TestCluster) -> Release:
     """The chart in a namespace that takes restricted pods only."""
     cluster.create_namespace(NAMESPACE)
     cluster.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
     release = Release(cluster)
     release.upgrade()
-    yield release
-    cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
+    return release
 
 
 def may(cluster: TestCluster, user: str, verb: str, resource: str, *, namespace: str, subresource: str = "") -> bool:
@@ -77,6 +86,8 @@ def test_its_pods_are_admitted_as_restricted_ones_on_nodes_of_their_own(release:
     )
 
     assert {pod["spec"]["serviceAccountName"] for pod in pods["items"]} == {"posttrain-operator"}
+    (key,) = [volume["secret"] for volume in pods["items"][0]["spec"]["volumes"] if "secret" in volume]
+    assert key["defaultMode"] == 0o440
 
 
 def test_the_operator_may_not_read_secrets(release: Release, namespace: str) -> None:

@@ -33,6 +33,10 @@ def pods_of(cluster: TestCluster, namespace: str, job: str) -> dict[str, Any]:
     return {pod["metadata"]["name"].removeprefix(f"{job}-"): pod for pod in pods}
 
 
+def uids_of(pods: dict[str, Any]) -> set[str]:
+    return {pod["metadata"]["uid"] for pod in pods.values()}
+
+
 def await_phases(cluster: TestCluster, namespace: str, job: str, **phases: str) -> dict[str, Any]:
     """Wait until a job's pods are in these phases; return them."""
     expected = {name.replace("_", "-"): phase for name, phase in phases.items()}
@@ -118,24 +122,32 @@ def test_the_training_operators_webhook_refuses_what_it_cannot_run(cluster: Test
         cluster.apply([build_pytorchjob("refused", container_name="trainer")], namespace=namespace)
 
 
-def test_the_pods_of_a_removed_node_go(cluster: TestCluster, namespace: str) -> None:
-    (node,) = cluster.add_fake_nodes(1, gpus=2)
-    job = build_pytorchjob("orphaned", gpus=1)
-    for replica in job["spec"]["pytorchReplicaSpecs"].values():
-        replica["template"]["spec"]["nodeSelector"] = {"kubernetes.io/hostname": node}
-    cluster.apply([job], namespace=namespace)
-    uids = {
-        pod["metadata"]["uid"]
-        for pod in await_phases(cluster, namespace, "orphaned", master_0="Running", worker_0="Running").values()
-    }
+def test_a_node_can_be_taken_away_and_another_fall_silent(cluster: TestCluster, namespace: str) -> None:
+    removed, silent = cluster.add_fake_nodes(2, gpus=2)
+    for name, node in (("orphaned", removed), ("unheard", silent)):
+        job = build_pytorchjob(name, gpus=1)
+        for replica in job["spec"]["pytorchReplicaSpecs"].values():
+            replica["template"]["spec"]["nodeSelector"] = {"kubernetes.io/hostname": node}
+        cluster.apply([job], namespace=namespace)
+    orphans = await_phases(cluster, namespace, "orphaned", master_0="Running", worker_0="Running")
+    unheard = await_phases(cluster, namespace, "unheard", master_0="Running", worker_0="Running")
 
-    cluster.remove_node(node)
+    cluster.remove_node(removed)
+    cluster.silence_node(silent)
 
     def replaced() -> bool:
-        return not uids & {pod["metadata"]["uid"] for pod in pods_of(cluster, namespace, "orphaned").values()}
+        return not uids_of(orphans) & uids_of(pods_of(cluster, namespace, "orphaned"))
+
+    def lost() -> bool:
+        conditions = cluster.get("node", silent)["status"]["conditions"]
+        return [c["status"] for c in conditions if c["type"] == "Ready"] == ["Unknown"]
 
     wait_for(replaced, what="the pods of the removed node to go", seconds=150)
-    assert node not in {found["metadata"]["name"] for found in cluster.get("nodes")["items"]}
+    wait_for(lost, what="the silent node to be lost", seconds=90)
+    assert removed not in {node["metadata"]["name"] for node in cluster.get("nodes")["items"]}
+    still = pods_of(cluster, namespace, "unheard")
+    assert uids_of(still) == uids_of(unheard)
+    cluster.remove_node(silent)
 
 
 def test_the_audit_log_says_who_wrote_what(cluster: TestCluster, namespace: str) -> None:
@@ -210,6 +222,15 @@ def test_the_custom_resource_and_every_example_are_accepted(cluster: TestCluster
     ]
 
     assert all(re.fullmatch(r"trainingrun\.posttrain\.dev/\S+\n", name) for name in created), created
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(cluster: TestCluster, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+
+    with pytest.raises(ClusterError, match="would be emptied"):
+        TestCluster.start(tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 START_AND_WAIT = """

@@ -10,45 +10,19 @@ import pytest
 
 from tests.cluster.cluster import TestCluster
 from tests.cluster.errors import ClusterError
-from tests.cluster.kwok import NODE_SELECTOR, TOLERATION
+from tests.cluster.kwok import NODE_SELECTOR
 from tests.support.jobs import build_pytorchjob
 from tests.support.processes import wait_for
+from tests.support.queues import VERSION, serve_queue
 
 pytestmark = pytest.mark.kueue
-
-VERSION = "kueue.x-k8s.io/v1beta2"
-RESOURCES = {"cpu": "32", "memory": "64Gi", "nvidia.com/gpu": "12"}
 
 
 @pytest.fixture
 def queue(kueue_cluster: TestCluster, kueue_namespace: str) -> Iterator[str]:
     """A LocalQueue of the test's own, with twelve GPUs behind it."""
-    name = kueue_namespace
-    flavor = {
-        "apiVersion": VERSION,
-        "kind": "ResourceFlavor",
-        "metadata": {"name": name},
-        "spec": {"nodeLabels": NODE_SELECTOR, "tolerations": [TOLERATION]},
-    }
-    quotas = [{"name": resource, "nominalQuota": quota} for resource, quota in RESOURCES.items()]
-    cluster_queue = {
-        "apiVersion": VERSION,
-        "kind": "ClusterQueue",
-        "metadata": {"name": name},
-        "spec": {
-            "namespaceSelector": {},
-            "resourceGroups": [{"coveredResources": list(RESOURCES), "flavors": [{"name": name, "resources": quotas}]}],
-        },
-    }
-    local_queue = {
-        "apiVersion": VERSION,
-        "kind": "LocalQueue",
-        "metadata": {"name": "queue", "namespace": kueue_namespace},
-        "spec": {"clusterQueue": name},
-    }
-    kueue_cluster.apply([flavor, cluster_queue, local_queue])
-    yield "queue"
-    kueue_cluster.kubectl("delete", "clusterqueue,resourceflavor", name, "--wait=false")
+    with serve_queue(kueue_cluster, kueue_namespace, gpus=12) as name:
+        yield name
 
 
 def build_workload(name: str, *, gpus: int) -> dict[str, Any]:

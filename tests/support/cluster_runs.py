@@ -128,3 +128,8 @@ class ClusterRun:
 def reasons(status: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Return status and reason of every condition by its type."""
     return {c["type"]: (c["status"], c["reason"]) for c in status.get("conditions") or ()}
+
+
+def message_of(status: Mapping[str, Any], type_: str) -> str:
+    """Return the message of a condition."""
+    return next(str(c.get("message", "")) for c in status.get("conditions") or () if c["type"] == type_)

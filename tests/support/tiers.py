@@ -42,7 +42,7 @@ def fresh_namespace(cluster: TestCluster) -> Iterator[str]:
 
 def attach_cluster_logs(item: pytest.Item, report: pytest.TestReport) -> None:
     """Add the end of every component's log, and of every operator's, to the report of a test that failed with them."""
-    fixtures = getattr(item, "funcargs", {}).values()
+    fixtures = item.funcargs.values() if isinstance(item, pytest.Function) else ()
     tails = {
         name: text for fixture in fixtures if isinstance(fixture, _LOGGED) for name, text in fixture.log_tails().items()
     }

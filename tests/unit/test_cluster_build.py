@@ -101,6 +101,9 @@ def test_given_programs_are_taken_and_not_built(tmp_path: Path, monkeypatch: pyt
     assert [line.partition(":")[0] for line in build(component)] == ["built again"]
     assert program(component, "hello") == assets / "hello"
 
+    monkeypatch.delenv("KUBEBUILDER_ASSETS")
+    assert not component.is_built()
+
 
 @needs_go
 def test_parts_without_time_are_named_in_their_order_and_are_no_failure(capsys: pytest.CaptureFixture[str]) -> None:

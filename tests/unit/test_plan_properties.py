@@ -310,20 +310,24 @@ class World:
 
     def there_is_at_most_one_gang(self) -> None:
         plan = self.plan()
-        wanted = [o["metadata"]["name"] for o in plan.objects if o["kind"] == "PyTorchJob"]
+        wanted = {ObjectRef.of(o): o for o in plan.objects if o["kind"] == "PyTorchJob"}
         assert len(wanted) <= 1
-        for name in wanted:
+        for ref, job in wanted.items():
+            assert ref.name == f"demo-a{self.attempt}"
+            if ref in self.objects:
+                assert job["spec"] == self.objects[ref]["spec"], "a live attempt's job stays as it was made"
+                continue
             assert not [ref for ref in self.objects if ref.kind == "PyTorchJob"]
             assert not [n for n, pod in self.pods.items() if n.startswith("demo-a") and is_live(pod, now=self.now)]
-            assert name == f"demo-a{self.attempt}"
 
     def no_gang_is_made_without_quota(self) -> None:
-        wanted = [o for o in self.plan().objects if o["kind"] == "PyTorchJob"]
-        if wanted and self.run.spec.resources.queue_name is not None:
+        jobs = [o for o in self.plan().objects if o["kind"] == "PyTorchJob"]
+        made = [job for job in jobs if ObjectRef.of(job) not in self.objects]
+        if made and self.run.spec.resources.queue_name is not None:
             workload = self.workload()
             assert workload is not None
             assert workload.admitted
-            replicas = wanted[0]["spec"]["pytorchReplicaSpecs"].values()
+            replicas = made[0]["spec"]["pytorchReplicaSpecs"].values()
             assert workload.ask.nodes == sum(replica["replicas"] for replica in replicas)
             assert workload.ask.queue == self.run.spec.resources.queue_name
 

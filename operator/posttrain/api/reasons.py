@@ -44,7 +44,8 @@ _CATALOGUE = (
     Reason(
         name="InvalidSpec",
         message="The spec is not valid.",
-        advice="Change the fields named in the message and apply the resource again.",
+        advice="Delete the run, change the fields named in the message, and apply it again: most fields of a "
+        "run cannot be edited.",
     ),
     Reason(
         name="SpecChanged",

@@ -66,7 +66,8 @@ class Sft(ApiModel):
         default={},
         max_length=256,
         description="Keys of TRL's SFTConfig; an unknown key, a wrong type or a key that posttrain sets itself is "
-        "refused. `posttrain explain spec.sft.args` lists them.",
+        "refused. `posttrain explain spec.sft.args` lists them. Plain `kubectl apply` loses a null: use "
+        "`kubectl apply --server-side` for one.",
         examples=[{"learning_rate": 0.00004, "num_train_epochs": 3, "packing": True}],
     )
     trainer_class: EntryPoint | None = Field(

@@ -48,6 +48,8 @@ _ROUNDS = 5
 """How often a run is looked at anew at once because something had changed; then the queue's backoff counts."""
 _OBSTACLE_SECONDS = 30.0
 _REFERENCE_SECONDS = 15.0
+_FLAVOR_SECONDS = 5.0
+"""A run that waits for a flavor holds its quota all the while."""
 _PREDECESSOR_SECONDS = 2.0
 _MADE_SECONDS = 1.0
 _PATIENCE = timedelta(seconds=30)
@@ -227,7 +229,7 @@ class Reconciler:
     async def _create(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
         """Create a child. By POST, so that an object of its name that somebody made a moment ago is never touched."""
         ref = ObjectRef.of(wanted)
-        if (ref.api_version, ref.kind) == PYTORCHJOB and names.attempt_of(run.metadata.name, name=ref.name) != 1:
+        if (ref.api_version, ref.kind) == PYTORCHJOB:
             await self._require_no_gang(run)
         try:
             made = await self._cluster.create(wanted)
@@ -259,7 +261,10 @@ class Reconciler:
         raise _Changed(f"{key.kind} {key.name} is there already")
 
     async def _require_no_gang(self, run: TrainingRun) -> None:
-        """See for certain that no pod of an earlier attempt lives: two gangs must never write to one storage."""
+        """See for certain that no pod of another gang lives: two gangs must never write to one storage.
+
+        Nor one of the same attempt: its job may have been made by a request that got no answer, and deleted since.
+        """
         found = await self._cluster.list(
             *POD,
             namespace=run.metadata.namespace,
@@ -269,7 +274,7 @@ class Reconciler:
             self._cache.put(pod, own=True)
         live = [pod["metadata"]["name"] for pod in found.items if is_live(pod, now=self._clock())]
         if live:
-            raise _Changed(f"pods of an earlier attempt live: {', '.join(live)}")
+            raise _Changed(f"pods of another gang live: {', '.join(live)}")
 
     async def _repair(self, observed: Manifest, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
         key = ObjectKey.of(wanted)
@@ -363,8 +368,9 @@ def _look_again(
     if made:
         # Nobody tells of what was made here, and deadlines count from when it was.
         waits.append(_MADE_SECONDS)
-    if _waits_for_reference(run, plan, belongings):
-        waits.append(_REFERENCE_SECONDS)
+    reference = _reference_seconds(run, plan, belongings)
+    if reference is not None:
+        waits.append(reference)
     if _job_without_pods(run, belongings) is not None:
         waits.append(_PATIENCE.total_seconds())
     return min(waits, default=None)
@@ -399,13 +405,15 @@ def _code_ref(run: TrainingRun) -> ObjectRef:
     return ObjectRef(*CONFIG_MAP, names.code_name(run.metadata.name))
 
 
-def _waits_for_reference(run: TrainingRun, plan: Plan, belongings: Belongings) -> bool:
-    """Return whether something that nobody watches may decide how the run goes on: own code, or Kueue's set-up."""
-    if plan.objects or plan.status is None or plan.status.completion_time is not None:
-        return False
-    if run.spec.resources.queue_name is not None:
-        return True
-    return run.spec.code is not None and _code_ref(run) not in belongings.objects
+def _reference_seconds(run: TrainingRun, plan: Plan, belongings: Belongings) -> float | None:
+    """Return when to look again for what nobody watches: own code, or what Kueue's administrators set up."""
+    if plan.status is None or plan.status.completion_time is not None:
+        return None
+    reasons = {condition.reason for condition in plan.status.conditions or ()}
+    if "FlavorMissing" in reasons:
+        return _FLAVOR_SECONDS
+    code_is_lost = not plan.objects and run.spec.code is not None and _code_ref(run) not in belongings.objects
+    return _REFERENCE_SECONDS if code_is_lost or reasons & {"ReferencePending", "KueueMissing"} else None
 
 
 def _status_data(plan: Plan) -> dict[str, Any]:

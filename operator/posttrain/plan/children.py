@@ -5,13 +5,16 @@ It owns the sets and their order; it must not decide when they are wanted.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from posttrain.contract.config import GangShape, RunIdentity, TrainingConfig
 from posttrain.plan import names
 from posttrain.plan.deepspeed import STAGES, build_deepspeed_config
 from posttrain.plan.kueue import Ask, build_assignment, build_workload, missing_flavors, workload_ref
+from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.objects import (
+    JOB_FILE,
     build_claim,
     build_code_config_map,
     build_config_map,
@@ -50,7 +53,6 @@ def prepare_children(situation: Situation) -> tuple[Manifest, ...]:
         situation.run,
         name=names.prepare_name(situation.name),
         config=_config(situation, attempt=attempt),
-        deepspeed=None,
     )
     return config_map, build_prepare_job(_pod_inputs(situation, attempt=attempt))
 
@@ -64,14 +66,26 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return the ConfigMap and the PyTorchJob of the current attempt."""
     spec, attempt = situation.spec, situation.attempt
     zero = spec.parallelism.strategy in STAGES
+    inputs = replace(_pod_inputs(situation, attempt=attempt), assignment=_assignment(situation))
+    job = build_pytorchjob(inputs)
     config_map = build_config_map(
         situation.run,
         name=names.attempt_name(situation.name, attempt=attempt),
         config=_config(situation, attempt=attempt),
         deepspeed=build_deepspeed_config(spec.parallelism) if zero else None,
+        job=job,
     )
-    inputs = replace(_pod_inputs(situation, attempt=attempt), assignment=_assignment(situation))
-    return config_map, build_pytorchjob(inputs)
+    return config_map, job
+
+
+def frozen_job(situation: Situation) -> tuple[Manifest, ...]:
+    """Return the current attempt's job as it was made; empty where it is not there, or what it was is not known."""
+    name = names.attempt_name(situation.name, attempt=situation.attempt)
+    config_map = situation.observed.objects.get(ObjectRef(*CONFIG_MAP, name))
+    text = (config_map.get("data") or {}).get(JOB_FILE) if config_map is not None else None
+    if situation.job is None or is_being_deleted(situation.job) or text is None:
+        return ()
+    return (json.loads(text),)
 
 
 def build_run_workload(situation: Situation, *, ask: Ask) -> Manifest:

@@ -17,6 +17,8 @@ from posttrain.plan.types import Manifest
 
 CONFIG_FILE = "config.json"
 DEEPSPEED_FILE = "deepspeed.json"
+JOB_FILE = "job.json"
+"""The attempt's job as it was made: what it is repaired from, by whatever version of the operator."""
 
 _FOLDER_MARK = ".."
 """A ConfigMap's key holds no slash: `rewards/math.py` is kept under `rewards..math.py`."""
@@ -91,12 +93,22 @@ def build_network_policy(run: TrainingRun) -> Manifest:
 
 
 def build_config_map(
-    run: TrainingRun, *, name: str, config: TrainingConfig, deepspeed: Mapping[str, Any] | None
+    run: TrainingRun,
+    *,
+    name: str,
+    config: TrainingConfig,
+    deepspeed: Mapping[str, Any] | None = None,
+    job: Manifest | None = None,
 ) -> Manifest:
-    """Return the ConfigMap from which an attempt, or prepare, reads its configuration."""
+    """Return the ConfigMap from which an attempt, or prepare, reads its configuration.
+
+    It is immutable, so an attempt's keeps its job as well: nobody but its deletion can change what that was.
+    """
     data = {CONFIG_FILE: config.to_json()}
     if deepspeed is not None:
         data[DEEPSPEED_FILE] = json.dumps(deepspeed, indent=2, sort_keys=True) + "\n"
+    if job is not None:
+        data[JOB_FILE] = json.dumps(job, indent=2, sort_keys=True) + "\n"
     run_name = run.metadata.name
     return {
         "apiVersion": "v1",

@@ -8,8 +8,8 @@ with `attempt` one higher, its counters and its cause, by a plan that changes no
 deletes what is left of the old attempt, and a later one, which observes nothing of it any more, makes the new one. So a
 crash between any two writes neither loses nor repeats a count, and there are never two gangs.
 
-A live attempt is never rendered again: once its PyTorchJob is observed, plans leave the job out of `objects`, and its
-ConfigMap too unless somebody deleted it. The same holds for prepare.
+A live attempt is never rendered again: once its PyTorchJob is observed, plans want it as its ConfigMap keeps it, and
+leave the ConfigMap out of `objects` unless somebody deleted it. Prepare's are left out, too.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from posttrain.api.args import load_table
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Cause
-from posttrain.plan.children import attempt_children, run_children
+from posttrain.plan.children import attempt_children, frozen_job, run_children
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
@@ -127,7 +127,7 @@ def go_on(
             pods_ready=pods_ready,
             succeeded=Says("False", "InProgress", message),
             changes={"hold": None},
-            objects=(*objects, *_lost_config_map(situation)),
+            objects=(*objects, *_lost_config_map(situation), *frozen_job(situation)),
             deletes=(*old_refs(situation), *deletes),
             patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),

@@ -227,6 +227,10 @@ class TestCluster:
     def silence_node(self, name: str) -> None:
         """Let nobody play a fake node any more: its pods stay as they are until it is lost. Errors as `kubectl`."""
         self.kubectl("annotate", "node", name, f"{MANAGED}-")
+        # KWOK goes on renewing the Lease of a node that it has left alone, as long as it holds it.
+        taken = json.dumps({"spec": {"holderIdentity": "nobody", "leaseDurationSeconds": 10**6}})
+        lease = ("patch", "lease", name, "--namespace", "kube-node-lease", "--type=merge")
+        self.kubectl(*lease, "--patch", taken)
 
     def await_json(self, *args: str, until: Any, what: str, seconds: float = NODE_SECONDS) -> Any:
         """Poll `get` until `until` is true of its answer, and return that answer.

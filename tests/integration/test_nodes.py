@@ -14,8 +14,12 @@ from tests.support.operator_process import OperatorProcess
 
 pytestmark = pytest.mark.integration
 
-# A node that is deleted is believed to be so after 40 s.
+# A node that is deleted is believed to be so after 40 s, one that is silent after 50 s.
 NODE_SECONDS = 180.0
+LOST_SOON = [
+    {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}
+    for taint in ("unreachable", "not-ready")
+]
 ONE_GPU = {"numNodes": 1, "gpusPerNode": 1}
 
 
@@ -57,6 +61,25 @@ def test_a_node_that_is_taken_away_restarts_the_gang_elsewhere(
     assert node_of(run, 2) == ["fake-0"]
     assert (status["failure"]["reason"], status["restarts"]["infrastructure"]) == ("NodeLost", 1)
     assert own_node in status["failure"]["message"]
+
+
+def test_a_node_that_falls_silent_restarts_the_gang_elsewhere(
+    cluster: TestCluster, run: ClusterRun, own_node: str
+) -> None:
+    run.apply(resources=ONE_GPU, podOverrides=only_here(run.namespace, tolerations=LOST_SOON))
+    run.await_running(pods=1)
+    label(cluster, run.namespace, "fake-1")
+
+    cluster.silence_node(own_node)
+
+    status = run.await_status(lambda s: s["attempt"] == 2, what="attempt 2", seconds=NODE_SECONDS)
+    assert (status["failure"]["reason"], status["restarts"]["infrastructure"]) == ("NodeLost", 1)
+    assert own_node in status["failure"]["message"]
+    # For two minutes the old pod may still run: who knows that it does not, says so.
+    assert "attempt 2 waits for the end of the one before (live pods: 1)" in message_of(run.status(), "Succeeded")
+    run.kubectl("delete", "pod", "demo-a1-master-0", "--force", "--grace-period=0")
+    run.await_running(attempt=2, pods=1)
+    assert node_of(run, 2) == ["fake-1"]
 
 
 def test_a_node_that_failed_a_run_twice_is_avoided(cluster: TestCluster, run: ClusterRun) -> None:

@@ -65,6 +65,8 @@ def add_storage(cluster: TestCluster, namespace: str, name: str, *, copies: dict
             shutil.copytree(source, folder / target)
         else:
             shutil.copy(source, folder / target)
+    for path in folder.rglob("*"):
+        path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
     # Group and mode as a volume gets them by fsGroup, which the kubelet does not apply to a folder of the host.
     os.chown(folder, 0, _USER)
     folder.chmod(0o2775)

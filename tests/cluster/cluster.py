@@ -55,10 +55,12 @@ class TestCluster:
         node: bool = False,
         kueue: bool = False,
         kueue_config: Mapping[str, Any] | None = None,
+        container_mounts: Mapping[Path, str] | None = None,
     ) -> TestCluster:
         """Start a cluster in a folder; what an earlier one left there is ended and removed first.
 
-        `kueue_config` is put over the top level of Kueue's configuration.
+        `kueue_config` is put over the top level of Kueue's configuration. `container_mounts` are folders of this host
+        that every container of the real node sees, to be read, at the given paths.
 
         Raises:
             ClusterError: a part is not built, the folder is in use, or a component did not start; the message has the
@@ -69,13 +71,25 @@ class TestCluster:
                 raise ClusterError(f"{part}: {reason}")
         cluster = cls(folder.absolute())
         try:
-            cluster._start(training_operator, node=node, kueue_config=(kueue_config or {}) if kueue else None)
+            cluster._start(
+                training_operator,
+                node=node,
+                kueue_config=(kueue_config or {}) if kueue else None,
+                container_mounts=container_mounts,
+            )
         except BaseException:
             cluster.close()
             raise
         return cluster
 
-    def _start(self, options: TrainingOperatorOptions, *, node: bool, kueue_config: Mapping[str, Any] | None) -> None:
+    def _start(
+        self,
+        options: TrainingOperatorOptions,
+        *,
+        node: bool,
+        kueue_config: Mapping[str, Any] | None,
+        container_mounts: Mapping[Path, str] | None,
+    ) -> None:
         self._take_folder()
         ports = Ports()
         self._exit.callback(ports.close)
@@ -95,7 +109,7 @@ class TestCluster:
         with ThreadPoolExecutor() as pool:
             list(pool.map(Process.start, added))
         if machine:
-            self._node = Node(machine, self.control_plane)
+            self._node = Node(machine, self.control_plane, container_mounts=container_mounts)
             self._processes += self._node.processes
             self._node.start()
 

@@ -6,6 +6,7 @@ It owns their configuration, and the images that the node has; it must not chang
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ _PORTS = {"kubelet": 10250, "kubelet-health": 10248, "proxy-health": 10256, "pro
 class Node:
     """The node `node-1` of a control plane that is reachable under its machine's host address."""
 
-    def __init__(self, machine: Machine, control_plane: ControlPlane) -> None:
+    def __init__(
+        self, machine: Machine, control_plane: ControlPlane, *, container_mounts: Mapping[Path, str] | None = None
+    ) -> None:
         self.name = NODE_NAME
         self.machine = machine
         self._control_plane = control_plane
         self._folder = machine.folder
         self._ctr = program(CONTAINERD, "ctr")
+        self._container_mounts = container_mounts or {}
         self.containerd = self._build_containerd()
         self.kubelet = self._build_kubelet()
         self.kube_proxy = self._build_kube_proxy()
@@ -85,10 +89,17 @@ class Node:
         cni = self._folder / "cni"
         cni.mkdir(parents=True)
         (cni / "10-bridge.conflist").write_text(json.dumps(_cni(self.machine.pod_network)))
+        base_spec = self._write_base_spec()
         config = self._folder / "containerd.toml"
         config.write_text(
             _CONTAINERD.format(
-                folder=self._folder, cni=cni, socket=_SOCKET, pause=PAUSE, plugins=CNI_FOLDER, runc=find_program("runc")
+                folder=self._folder,
+                cni=cni,
+                socket=_SOCKET,
+                pause=PAUSE,
+                plugins=CNI_FOLDER,
+                runc=find_program("runc"),
+                base_spec=base_spec,
             )
         )
 
@@ -98,6 +109,17 @@ class Node:
         # The shim is looked for on PATH.
         env = {"PATH": f"{binary.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         return self.machine.process("containerd", [binary, "--config", config], env=env, ready=ready)
+
+    def _write_base_spec(self) -> Path:
+        """Write what every container starts from: containerd's own, with this host's folders that all of them see."""
+        spec = json.loads(subprocess.run([self._ctr, "oci", "spec"], capture_output=True, check=True).stdout)
+        spec["mounts"] += [
+            {"destination": inside, "type": "bind", "source": str(folder), "options": ["rbind", "ro"]}
+            for folder, inside in self._container_mounts.items()
+        ]
+        file = self._folder / "container.json"
+        file.write_text(json.dumps(spec))
+        return file
 
     def _build_kubelet(self) -> Process:
         resolver = self._folder / "resolv.conf"
@@ -226,6 +248,7 @@ state = "/run/containerd"
     conf_dir = "{cni}"
   [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
+    base_runtime_spec = "{base_spec}"
     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
       BinaryName = "{runc}"
       SystemdCgroup = false

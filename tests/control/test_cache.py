@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.control.cache import Cache, RunKey
-from posttrain.control.kinds import CONFIG_MAP, PYTORCHJOB, SERVICE_ACCOUNT, TRAINING_RUN, Kind
+from posttrain.control.kinds import CONFIG_MAP, POD, PYTORCHJOB, SERVICE_ACCOUNT, TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
 from posttrain.plan.types import Manifest
 
@@ -362,3 +362,33 @@ def test_what_is_kept_does_not_change_with_the_callers_object() -> None:
     cache.children(DEMO)[0]["data"]["a"] = "3"
 
     assert cache.children(DEMO) == [before]
+
+
+# --- What is gone ----------------------------------------------------------------------------------------------------
+
+
+def disrupted_pod(*, version: int) -> Manifest:
+    condition = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC"}
+    return build(POD, version=version, status={"conditions": [condition]})
+
+
+def test_a_pod_that_the_cluster_took_is_remembered_as_it_was_last() -> None:
+    bells = Bells()
+    bells.cache.put(build_run())
+    bells.cache.put(build(POD, version=11))
+
+    bells.cache.drop(disrupted_pod(version=12))
+
+    assert bells.cache.departed(("team", "demo")) == [disrupted_pod(version=12)]
+    assert bells.cache.children(("team", "demo")) == []
+    bells.cache.drop(build_run(version=13))
+    assert bells.cache.departed(("team", "demo")) == []
+
+
+def test_a_pod_that_somebody_deleted_is_not_remembered() -> None:
+    bells = Bells()
+    bells.cache.put(build_run())
+
+    bells.cache.drop(build(POD, version=12))
+
+    assert bells.cache.departed(("team", "demo")) == []

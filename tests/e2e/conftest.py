@@ -1,4 +1,4 @@
-"""A cluster with a real node, shared by the session, and a namespace a test."""
+"""A cluster with a real node, shared by the session, a namespace a test, and posttrain installed from its chart."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from typing import Any
 
 import pytest
 
+from posttrain.local.environments import cache_root, ensure_environment
 from tests.cluster.cluster import TestCluster
+from tests.cluster.product_images import (
+    TRAINER_LIBRARIES,
+    build_operator_image,
+    build_trainer_image,
+)
 from tests.support.host import observe_host
+from tests.support.release import Release
 from tests.support.tiers import attach_cluster_logs, fresh_namespace, require
+from tests.workloads.conftest import quickstart_inputs, quickstart_model, rows, tiny_model, trainer_python
+
+__all__ = ["quickstart_inputs", "quickstart_model", "rows", "tiny_model", "trainer_python"]
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +31,11 @@ def host_before() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def node_cluster(host_before: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
-    """A control plane, the training operator, KWOK and the real node `node-1`."""
-    with TestCluster.start(tmp_path_factory.mktemp("node"), node=True) as started:
+    """A control plane, the training operator, KWOK and the real node `node-1`, which has the trainer's libraries."""
+    python = ensure_environment("trainer", cache=cache_root(), report=print)
+    libraries = next(python.parents[1].glob("lib/python3.*/site-packages"))
+    folder = tmp_path_factory.mktemp("node")
+    with TestCluster.start(folder, node=True, container_mounts={libraries: TRAINER_LIBRARIES}) as started:
         yield started
 
 
@@ -31,6 +44,16 @@ def node_namespace(node_cluster: TestCluster) -> Iterator[str]:
     """A namespace of the test's own."""
     with fresh_namespace(node_cluster) as name:
         yield name
+
+
+@pytest.fixture(scope="session")
+def release(node_cluster: TestCluster) -> Release:
+    """posttrain, installed by helm on the real node, its operator a pod of its own image."""
+    for archive in (build_trainer_image(), build_operator_image()):
+        node_cluster.node.load_image(archive)
+    release = Release(node_cluster)
+    release.upgrade()
+    return release
 
 
 @pytest.hookimpl(wrapper=True)

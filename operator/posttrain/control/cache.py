@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import orjson
 
-from posttrain.control.kinds import TRAINING_RUN, Kind
+from posttrain.control.kinds import POD, TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
 from posttrain.control.wakes import fingerprint
 from posttrain.plan import labels
@@ -26,6 +26,8 @@ RunKey = tuple[str, str]
 """Namespace and name of a run."""
 
 _TOMBSTONES = 20_000
+_DEPARTED = 8
+"""How many disrupted pods of a run are remembered when they are gone: the first of them is the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Cache:
         self._entries: dict[Kind, dict[tuple[str, str], _Entry]] = {}
         self._of_run: dict[RunKey, set[ObjectKey]] = {}
         self._run_of: dict[ObjectKey, RunKey] = {}
+        self._departed: dict[RunKey, deque[bytes]] = {}
         self._gone: OrderedDict[str, float] = OrderedDict()
         """By uid: the version at which an object was gone, infinite where it can never come back."""
         self._listed: set[Kind] = set()
@@ -65,6 +68,10 @@ class Cache:
             if manifest is not None:
                 found.append(manifest)
         return found
+
+    def departed(self, run: RunKey) -> list[Manifest]:
+        """Return the last states of pods that the cluster took: they say so, and go at the same moment."""
+        return [_unpack(packed) for packed in self._departed.get(run, ())]
 
     def runs(self) -> list[RunKey]:
         """Return the key of every run."""
@@ -114,6 +121,9 @@ class Cache:
         """Take an object as gone, given its last state: deleted, or without the label that the watch selects by."""
         key, uid = ObjectKey.of(manifest), manifest["metadata"]["uid"]
         self._bury(uid, version=int(manifest["metadata"]["resourceVersion"]))
+        run = _run_of(key, manifest)
+        if run in self._entries.get(TRAINING_RUN, {}) and _was_disrupted(key, manifest):
+            self._departed.setdefault(run, deque(maxlen=_DEPARTED)).append(_pack(manifest))
         known = self._entries.get((key.api_version, key.kind), {}).get((key.namespace, key.name))
         if known is not None and known.uid == uid:
             self._remove(key)
@@ -156,6 +166,7 @@ class Cache:
         run = self._run_of.pop(key, None)
         if (key.api_version, key.kind) == TRAINING_RUN:
             run = (key.namespace, key.name)
+            self._departed.pop(run, None)
         if run is None:
             return
         owned = self._of_run.get(run)
@@ -172,6 +183,12 @@ def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:
         return key.namespace, key.name
     name = (manifest["metadata"].get("labels") or {}).get(labels.RUN)
     return (key.namespace, name) if name is not None else None
+
+
+def _was_disrupted(key: ObjectKey, manifest: Manifest) -> bool:
+    conditions = (manifest.get("status") or {}).get("conditions") or ()
+    found = any((c.get("type"), c.get("status")) == ("DisruptionTarget", "True") for c in conditions)
+    return found and (key.api_version, key.kind) == POD
 
 
 def _pack(manifest: Manifest) -> bytes:

@@ -25,23 +25,23 @@ class Belongings:
     """The run's own children."""
     pods: tuple[Manifest, ...] = ()
     """Pods of its jobs, and of such as are gone already."""
+    departed: tuple[Manifest, ...] = ()
+    """Last states of its pods that the cluster took."""
     foreign: frozenset[ObjectRef] = frozenset()
     """Somebody else's objects that bear the label."""
     predecessors: tuple[ObjectRef, ...] = ()
     """What an earlier run of the same name left and the garbage collector has not taken yet."""
 
 
-def sort_belongings(run: Manifest, labelled: Iterable[Manifest]) -> Belongings:
-    """Return what bears the label of `run`, sorted by whose it is."""
+def sort_belongings(run: Manifest, labelled: Iterable[Manifest], *, departed: Iterable[Manifest] = ()) -> Belongings:
+    """Return what bears the label of `run`, sorted by whose it is; `departed` are pods that bore it."""
     uid = run["metadata"]["uid"]
-    born = parse_time(run["metadata"].get("creationTimestamp"))
     objects: dict[ObjectRef, Manifest] = {}
     pods, foreign, predecessors = [], set(), []
     for manifest in labelled:
         ref, owner = ObjectRef.of(manifest), controller_of(manifest)
         if (ref.api_version, ref.kind) == POD:
-            made = parse_time(manifest["metadata"].get("creationTimestamp"))
-            if born is not None and made is not None and made < born:
+            if is_older(manifest, than=run):
                 predecessors.append(ref)
             else:
                 pods.append(manifest)
@@ -52,8 +52,18 @@ def sort_belongings(run: Manifest, labelled: Iterable[Manifest]) -> Belongings:
         else:
             foreign.add(ref)
     return Belongings(
-        objects=objects, pods=tuple(pods), foreign=frozenset(foreign), predecessors=tuple(sorted(predecessors))
+        objects=objects,
+        pods=tuple(pods),
+        departed=tuple(pod for pod in departed if not is_older(pod, than=run)),
+        foreign=frozenset(foreign),
+        predecessors=tuple(sorted(predecessors)),
     )
+
+
+def is_older(pod: Manifest, *, than: Manifest) -> bool:
+    """Return whether a pod was made before the run: an earlier run of the name left it."""
+    made, born = (parse_time(manifest["metadata"].get("creationTimestamp")) for manifest in (pod, than))
+    return made is not None and born is not None and made < born
 
 
 def retains_claim(run: Mapping[str, Any]) -> bool:

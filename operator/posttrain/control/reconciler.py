@@ -115,7 +115,7 @@ class Reconciler:
             # Deletion is the garbage collector's work: every child names its owner.
             self._obstacles.pop(run_key, None)
             return None
-        belongings = sort_belongings(manifest, self._cache.children(run_key))
+        belongings = sort_belongings(manifest, self._cache.children(run_key), departed=self._cache.departed(run_key))
         if belongings.predecessors:
             log.info("waiting for the garbage collector", run="/".join(run_key), left=str(belongings.predecessors[0]))
             return _PREDECESSOR_SECONDS
@@ -141,6 +141,7 @@ class Reconciler:
         return Observed(
             objects=belongings.objects,
             pods=belongings.pods,
+            departed=belongings.departed,
             foreign=belongings.foreign | obstacles.foreign,
             rejected=obstacles.rejected,
             config_maps=await self._own_code(run, belongings),

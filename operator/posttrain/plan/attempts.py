@@ -90,6 +90,8 @@ class Gang:
     """`gang_hash` of the pods when all of them ran; None if that was never seen."""
     first_error: FirstErrorReport | None
     result: ResultReport | None
+    departed: tuple[Manifest, ...] = ()
+    """Last states of pods of it that the cluster took."""
 
     @property
     def runs(self) -> bool:
@@ -148,15 +150,18 @@ def find_cause(gang: Gang, *, now: datetime) -> Cause | None:
         )
     failed = any(pod_phase(pod) == "Failed" for pod in gang.pods)
     if gang.job.phase == "Failed" or failed:
-        return _earliest_error(gang, now=now) or _unexplained(gang)
+        return _earliest_error(gang, now=now) or _disrupted(gang, now=now) or _unexplained(gang)
     if gang.job.phase == "Succeeded":
         return _ended_without_result(gang)
-    return _lost_pod(gang)
+    return _lost_pod(gang, now=now)
 
 
-def _lost_pod(gang: Gang) -> Cause | None:
+def _lost_pod(gang: Gang, *, now: datetime) -> Cause | None:
     if gang.hash_when_running is None or gang_hash(gang.pods) == gang.hash_when_running:
         return None
+    disrupted = _disrupted(gang, now=now)
+    if disrupted is not None:
+        return disrupted
     expected = [pod_name(gang.run, attempt=gang.attempt, node=node) for node in range(gang.size)]
     missing = sorted(set(expected) - {pod["metadata"]["name"] for pod in gang.pods})
     if missing:
@@ -164,6 +169,12 @@ def _lost_pod(gang: Gang) -> Cause | None:
     else:
         message = f"attempt {gang.attempt}: a pod was replaced while the gang ran; the other ranks wait for the old one"
     return Cause(reason="PodDeleted", message=message, budget="infrastructure", pod=missing[0] if missing else None)
+
+
+def _disrupted(gang: Gang, *, now: datetime) -> Cause | None:
+    """Return why the cluster took a pod of which nothing is left: that of a lost node goes as it says so."""
+    errors = [error for pod in gang.departed if (error := _pod_error(gang, pod, now=now)) is not None]
+    return min(errors, key=lambda error: error.time).cause if errors else None
 
 
 def _ended_without_result(gang: Gang) -> Cause:

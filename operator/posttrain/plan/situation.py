@@ -146,6 +146,7 @@ class Situation:
             ranks_per_node=resources.ranks_per_node,
             job=parse_job_state(self.job) if self.job is not None else None,
             pods=tuple(pod for pod in self.trainer_pods if is_of_attempt(pod, self.attempt)),
+            departed=tuple(pod for pod in self.observed.departed if is_of_attempt(pod, self.attempt)),
             hash_when_running=self.status.gang_hash,
             first_error=progress.first_error if progress else None,
             result=progress.result if progress else None,

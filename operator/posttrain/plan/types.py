@@ -68,6 +68,8 @@ class Observed:
     """Children of the run (by controller ownerReference, or the run's own claim by its label), with their status."""
     pods: tuple[Manifest, ...] = ()
     """Pods of the run's jobs, whatever their phase."""
+    departed: tuple[Manifest, ...] = ()
+    """Last states of pods that the cluster took, those of lost nodes among them, as far as they were seen."""
     foreign: frozenset[ObjectRef] = frozenset()
     """Objects that bear a child's name and are not the run's."""
     rejected: Mapping[ObjectRef, str] = field(default_factory=dict)

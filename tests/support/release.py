@@ -1,0 +1,94 @@
+"""posttrain as `helm install` brings it to a cluster with a real node, and the storage that runs find there.
+
+It owns the values of the release and where claims lie on this host; it must not know what a test is about.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.cluster.cluster import TestCluster
+from tests.cluster.product_images import OPERATOR_REPOSITORY, TRAINER
+from tests.support.helm import CHART, helm
+
+NAMESPACE = "posttrain-system"
+_USER = 10001
+"""Of the images; a volume of this host belongs to nobody else's group."""
+_SETTINGS: dict[str, Any] = {
+    "images": {"trainer": TRAINER},
+    "profiles": {"default": {"cpu": "500m", "memory": "3Gi", "sharedMemory": "256Mi"}},
+    "prepareCpu": "500m",
+    "prepareMemory": "3Gi",
+    "terminationGraceSeconds": 30,
+}
+
+
+class Release:
+    """The chart, installed as `posttrain`."""
+
+    def __init__(self, cluster: TestCluster) -> None:
+        self.cluster = cluster
+
+    def upgrade(self, *, tag: str = "1", **settings: Any) -> None:
+        """Install the chart or upgrade to these values, and wait until the operator is ready."""
+        values = {
+            "image": {"repository": OPERATOR_REPOSITORY, "tag": tag, "pullPolicy": "Never"},
+            "replicas": 1,
+            "settings": {**_SETTINGS, **settings},
+        }
+        file = self.cluster.folder / "release.yaml"
+        file.write_text(yaml.safe_dump(values))
+        helm(
+            *("upgrade", "posttrain", CHART, "--install", "--create-namespace", "--namespace", NAMESPACE),
+            *("--kubeconfig", self.cluster.kubeconfig, "--values", file),
+        )
+        self.await_operator()
+
+    def await_operator(self) -> None:
+        """Wait until the operator's pods are ready."""
+        self.cluster.kubectl(
+            *("rollout", "status", "deployment/posttrain-operator", "--namespace", NAMESPACE, "--timeout=120s")
+        )
+
+
+def add_storage(cluster: TestCluster, namespace: str, name: str, *, copies: dict[str, Path] | None = None) -> Path:
+    """Make a claim whose volume is a folder of this host, with copies of files or folders in it; return the folder."""
+    folder = cluster.folder / "volumes" / namespace / name
+    folder.mkdir(parents=True)
+    for target, source in (copies or {}).items():
+        if source.is_dir():
+            shutil.copytree(source, folder / target)
+        else:
+            shutil.copy(source, folder / target)
+    # Group and mode as a volume gets them by fsGroup, which the kubelet does not apply to a folder of the host.
+    os.chown(folder, 0, _USER)
+    folder.chmod(0o2775)
+    volume = f"{namespace}-{name}"
+    shared = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
+    cluster.apply(
+        [
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": volume},
+                "spec": {
+                    **shared,
+                    "capacity": {"storage": "10Gi"},
+                    "hostPath": {"path": str(folder)},
+                    "claimRef": {"namespace": namespace, "name": name},
+                },
+            },
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolumeClaim",
+                "metadata": {"name": name, "namespace": namespace},
+                "spec": {**shared, "volumeName": volume, "resources": {"requests": {"storage": "10Gi"}}},
+            },
+        ]
+    )
+    return folder

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from posttrain.local.environments import cache_root
 
-PACKAGES = ("python3-venv", "coreutils", "dash", "base-files")
-"""What `RUN` and `python3 -m venv` need; apt adds what these depend on."""
+PACKAGES = ("python3-venv", "coreutils", "dash", "base-files", "libstdc++6")
+"""What `RUN`, `python3 -m venv` and compiled wheels need; apt adds what these depend on."""
 
 _FOLDERS = {"tmp": 0o1777, "etc": 0o755, "proc": 0o755, "sys": 0o755, "dev": 0o755, "root": 0o700}
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")

@@ -23,7 +23,9 @@ from tests.support.builders import T0
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "open-r1").glob("*.yaml"))
-EXAMPLES = [*RECIPES, ROOT / "examples" / "quickstart" / "trainingrun.yaml"]
+QUICKSTART, IN_CLUSTER = (ROOT / "examples" / "quickstart" / name for name in ("trainingrun.yaml", "cluster.yaml"))
+EXAMPLES = [*RECIPES, QUICKSTART, IN_CLUSTER]
+PLANNED = [*RECIPES, IN_CLUSTER]
 
 
 def load(path: Path) -> TrainingRun:
@@ -36,8 +38,8 @@ def test_an_example_is_valid(path: Path) -> None:
     assert load(path).spec.sft.args
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_accepted_and_planned_to_its_gang(path: Path) -> None:
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_an_example_for_a_cluster_is_accepted_and_planned_to_its_gang(path: Path) -> None:
     run = load(path)
     name = run.metadata.name
     plan = plan_training_run(run, Observed(), now=T0, settings=Settings())
@@ -70,6 +72,30 @@ def test_the_image_has_every_package_that_an_example_implies(path: Path) -> None
 
     assert needed <= locked
     assert ("deepspeed" in needed) == run.spec.parallelism.strategy.startswith("ZeRO")
+
+
+def test_the_quickstart_in_a_cluster_is_the_quickstart_with_claims_and_fewer_steps() -> None:
+    alone, in_cluster = load(QUICKSTART), load(IN_CLUSTER)
+    (train,), (held_out,) = in_cluster.spec.datasets, in_cluster.spec.eval_datasets
+
+    assert (in_cluster.spec.model.source, train.source, held_out.source) == (
+        "pvc://inputs/model",
+        "pvc://inputs/train.jsonl",
+        "pvc://inputs/heldout.jsonl",
+    )
+    assert in_cluster.spec.model.chat_template == alone.spec.model.chat_template
+    ours, theirs = in_cluster.spec.sft.args, alone.spec.sft.args
+    assert ours.keys() == theirs.keys()
+    # Two ranks of half the batch: a step is made of as many rows.
+    assert {key for key in ours if ours[key] != theirs[key]} == {
+        "max_steps",
+        "per_device_train_batch_size",
+        "eval_steps",
+    }
+    assert (
+        ours["per_device_train_batch_size"] * in_cluster.spec.resources.world_size
+        == theirs["per_device_train_batch_size"] * alone.spec.resources.world_size
+    )
 
 
 def test_the_list_of_recipes_is_complete() -> None:

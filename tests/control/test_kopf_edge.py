@@ -26,7 +26,9 @@ async def watch_until_asked() -> None:
             return super().to_kopf()
 
     connection = Nowhere(configuration=client.Configuration(host="http://127.0.0.1:9"))
-    watching = asyncio.create_task(KopfEdge(connection).run(Cache(on_change=lambda _: None)))
+    edge = KopfEdge(connection)
+    assert edge.trouble == "kopf has not started yet"
+    watching = asyncio.create_task(edge.run(Cache(on_change=lambda _: None)))
     try:
         await asyncio.wait_for(asked.wait(), WAIT_SECONDS)
     finally:
@@ -44,3 +46,26 @@ def test_kopf_starts_for_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delenv(name, raising=False)
 
     asyncio.run(watch_until_asked())
+
+
+class BrokenEdge(KopfEdge):
+    """Its kopf ends as soon as it starts."""
+
+    async def _watch(self, *args: Any, **options: Any) -> NoReturn:
+        raise OSError("the token's file is gone")
+
+
+def test_an_edge_whose_kopf_ended_says_why() -> None:
+    async def watch_until_ended() -> str:
+        edge = BrokenEdge(Connection(configuration=client.Configuration(host="http://127.0.0.1:9")))
+        watching = asyncio.create_task(edge.run(Cache(on_change=lambda _: None)))
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                while edge.trouble == "kopf has not started yet":
+                    await asyncio.sleep(0.05)
+            return edge.trouble or ""
+        finally:
+            watching.cancel()
+            await asyncio.wait((watching,))
+
+    assert asyncio.run(watch_until_ended()) == "kopf ended: the token's file is gone"

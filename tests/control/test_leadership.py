@@ -30,6 +30,8 @@ RUN: Manifest = {"apiVersion": TRAINING_RUN[0], "kind": TRAINING_RUN[1], "metada
 class RecordingEdge:
     """Reports nothing by itself, and takes a while to stop."""
 
+    trouble: str | None = None
+
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
 

@@ -61,6 +61,15 @@ class KopfEdge:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._started = threading.Event()
+        self._ended: str | None = None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why kopf does not watch; None while it does."""
+        if self._started.is_set():
+            return None
+        return "kopf has not started yet" if self._ended is None else f"kopf ended: {self._ended}"
 
     async def run(self, cache: Cache) -> None:
         """Put every run that kopf reports into the cache, until cancelled."""
@@ -73,8 +82,10 @@ class KopfEdge:
                 try:
                     uvloop.run(self._watch(cache, loop=loop, stop=stop))
                 except Exception as error:  # whatever ended it: it is started again
-                    log.warning("kopf ended", error=str(error) or type(error).__name__)
+                    self._ended = str(error) or type(error).__name__
+                    log.warning("kopf ended", error=self._ended)
                 finally:
+                    self._started.clear()
                     loop.call_soon_threadsafe(ended.set)
 
             threading.Thread(target=watch, name="kopf", daemon=True).start()
@@ -115,6 +126,7 @@ class KopfEdge:
             standalone=True,
             clusterwide=True,
             stop_flag=stop,
+            ready_flag=self._started,
             # Else it looks up the name of this process' user, and an image's user by number has none.
             identity=_IDENTITY,  # type: ignore[arg-type]  # its own type is not public
         )

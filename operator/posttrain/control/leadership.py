@@ -55,4 +55,4 @@ class Leadership:
             return ["lease: not read yet"]
         if self._operator is None:
             return []
-        return [f"cache: {kind} not listed yet" for kind in self._operator.missing()]
+        return self._operator.unready()

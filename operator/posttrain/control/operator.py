@@ -36,6 +36,10 @@ log = structlog.get_logger(__name__)
 class Edge(Protocol):
     """Who reports runs as they change."""
 
+    @property
+    def trouble(self) -> str | None:
+        """Why it does not watch; None while it does."""
+
     async def run(self, cache: Cache) -> None:
         """Put every run that changed into the cache, until cancelled."""
 
@@ -57,14 +61,15 @@ class Operator:
             queues=QueueSetup(cluster, monotonic=time.monotonic),
             clock=lambda: datetime.now(UTC),
         )
-        self._ready = False
 
-    def missing(self) -> list[str]:
-        """Return what keeps it from working: the kinds that were not listed yet."""
-        return [kind for _, kind in (TRAINING_RUN, *CHILDREN) if not self._is_listed(kind)]
+    def unready(self) -> list[str]:
+        """Return what keeps it from its work."""
+        trouble = self._edge.trouble
+        return self._missing() + ([f"edge: {trouble}"] if trouble is not None else [])
 
-    def _is_listed(self, kind: str) -> bool:
-        return any(self.cache.is_listed(known) for known in (TRAINING_RUN, *CHILDREN) if known[1] == kind)
+    def _missing(self) -> list[str]:
+        kinds = [kind for kind in (TRAINING_RUN, *CHILDREN) if not self.cache.is_listed(kind)]
+        return [f"cache: {kind[1]} not listed yet" for kind in kinds]
 
     def close(self) -> None:
         """Forget what was due later: after `run` ended, nobody would do it."""
@@ -78,7 +83,7 @@ class Operator:
             tasks.create_task(self._list_runs(), name="resync")
             tasks.create_task(self._edge.run(self.cache), name="edge")
             # Until everything was listed once, a child that exists looks like one that does not.
-            while self.missing():
+            while self._missing():
                 await asyncio.sleep(_POLL_SECONDS)
             log.info("everything is listed", runs=self.cache.count(TRAINING_RUN))
             for number in range(self._settings.operator.workers):

@@ -120,13 +120,6 @@ class WorkQueue(Generic[K]):
             self._ready.append(key)
             self._wakeup.set()
 
-    def forget(self, key: K) -> None:
-        """Drop what is remembered of a key: it stands for nothing any more."""
-        self._failures.pop(key, None)
-        timer = self._timers.pop(key, None)
-        if timer is not None:
-            timer.cancel()
-
     def close(self) -> None:
         """Let nothing come due any more."""
         for timer in self._timers.values():

@@ -172,3 +172,19 @@ def test_ttl_removes_a_finished_run(run: ClusterRun) -> None:
     run.cluster.await_json(
         "trainingruns", "--namespace", run.namespace, until=lambda found: not found["items"], what="the TTL"
     )
+
+
+def test_an_edited_job_is_what_it_was_made_as_again_and_no_pod_notices(run: ClusterRun) -> None:
+    run.apply()
+    before = {pod["metadata"]["uid"] for pod in run.await_running()}
+    made = run.cluster.get("pytorchjob", "demo-a1", "--namespace", run.namespace)["spec"]
+
+    run.kubectl("patch", "pytorchjob", "demo-a1", "--type=merge", "--patch", '{"spec": {"nprocPerNode": "7"}}')
+
+    run.cluster.await_json(
+        *("pytorchjob", "demo-a1", "--namespace", run.namespace),
+        until=lambda job: job["metadata"]["generation"] > 2 and job["spec"] == made,
+        what="the repair",
+    )
+    assert {pod["metadata"]["uid"] for pod in run.pods(attempt=1)} == before
+    assert run.status()["attempt"] == 1

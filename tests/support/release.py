@@ -21,8 +21,8 @@ _USER = 10001
 """Of the images; a volume of this host belongs to nobody else's group."""
 _SETTINGS: dict[str, Any] = {
     "images": {"trainer": TRAINER},
-    "profiles": {"default": {"cpu": "500m", "memory": "3Gi", "sharedMemory": "256Mi"}},
-    "prepareCpu": "500m",
+    "profiles": {"default": {"cpu": "800m", "memory": "3Gi", "sharedMemory": "256Mi"}},
+    "prepareCpu": "1",
     "prepareMemory": "3Gi",
     "terminationGraceSeconds": 30,
 }

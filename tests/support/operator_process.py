@@ -179,8 +179,10 @@ def pod_token(cluster: TestCluster, namespace: str, pod: str, *, audience: str) 
     ).strip()
 
 
-def add_claim(cluster: TestCluster, namespace: str, name: str) -> None:
-    """Make a claim with its volume: nodes that are played mount nothing."""
+def add_claim(
+    cluster: TestCluster, namespace: str, name: str, *, folder: Path = Path("/nowhere"), size: str = "1Gi"
+) -> None:
+    """Make a claim with its volume, a folder of the node; nodes that are played mount nothing."""
     volume = f"{namespace}-{name}"
     shared = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
     cluster.apply(
@@ -191,8 +193,8 @@ def add_claim(cluster: TestCluster, namespace: str, name: str) -> None:
                 "metadata": {"name": volume},
                 "spec": {
                     **shared,
-                    "capacity": {"storage": "1Gi"},
-                    "hostPath": {"path": "/nowhere"},
+                    "capacity": {"storage": size},
+                    "hostPath": {"path": str(folder)},
                     "claimRef": {"namespace": namespace, "name": name},
                 },
             },
@@ -200,7 +202,7 @@ def add_claim(cluster: TestCluster, namespace: str, name: str) -> None:
                 "apiVersion": "v1",
                 "kind": "PersistentVolumeClaim",
                 "metadata": {"name": name, "namespace": namespace},
-                "spec": {**shared, "volumeName": volume, "resources": {"requests": {"storage": "1Gi"}}},
+                "spec": {**shared, "volumeName": volume, "resources": {"requests": {"storage": size}}},
             },
         ]
     )

@@ -15,6 +15,7 @@ import yaml
 from tests.cluster.cluster import TestCluster
 from tests.cluster.product_images import OPERATOR_REPOSITORY, TRAINER
 from tests.support.helm import CHART, helm
+from tests.support.operator_process import add_claim
 
 NAMESPACE = "posttrain-system"
 _USER = 10001
@@ -70,27 +71,5 @@ def add_storage(cluster: TestCluster, namespace: str, name: str, *, copies: dict
     # Group and mode as a volume gets them by fsGroup, which the kubelet does not apply to a folder of the host.
     os.chown(folder, 0, _USER)
     folder.chmod(0o2775)
-    volume = f"{namespace}-{name}"
-    shared = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
-    cluster.apply(
-        [
-            {
-                "apiVersion": "v1",
-                "kind": "PersistentVolume",
-                "metadata": {"name": volume},
-                "spec": {
-                    **shared,
-                    "capacity": {"storage": "10Gi"},
-                    "hostPath": {"path": str(folder)},
-                    "claimRef": {"namespace": namespace, "name": name},
-                },
-            },
-            {
-                "apiVersion": "v1",
-                "kind": "PersistentVolumeClaim",
-                "metadata": {"name": name, "namespace": namespace},
-                "spec": {**shared, "volumeName": volume, "resources": {"requests": {"storage": "10Gi"}}},
-            },
-        ]
-    )
+    add_claim(cluster, namespace, name, folder=folder, size="10Gi")
     return folder

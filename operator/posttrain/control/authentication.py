@@ -11,11 +11,11 @@ import hashlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from posttrain.control.kinds import JOB, POD, PYTORCHJOB, TOKEN_REVIEW, TRAINING_RUN, Kind
+from posttrain.control.observe import controller_of
 from posttrain.control.port import Cluster, NotFound, ObjectKey, Rejected, Unavailable
 from posttrain.control.progress import RunGone, RunIdentity
 from posttrain.plan import labels, names
@@ -179,7 +179,7 @@ class Authenticator:
         name = pod["metadata"]["name"]
         if own.get(labels.RUN) != run.name:
             raise Forbidden(f"pod {name} is not labelled {labels.RUN}={run.name}")
-        owner = _controller(pod)
+        owner = controller_of(pod) or {}
         kind: Kind = (owner.get("apiVersion", ""), owner.get("kind", ""))
         attempt = _attempt_by_job(kind, run=run.name, job=owner.get("name", ""))
         if attempt is None:
@@ -207,13 +207,8 @@ def _outcome(verdict: _Verdict) -> Sender:
     raise type(verdict.refusal)(str(verdict.refusal))
 
 
-def _controller(manifest: Manifest) -> Mapping[str, Any]:
-    references = manifest["metadata"].get("ownerReferences") or ()
-    return next((dict(reference) for reference in references if reference.get("controller")), {})
-
-
 def _is_controlled_by(job: Manifest, run: RunIdentity) -> bool:
-    owner = _controller(job)
+    owner = controller_of(job) or {}
     return (owner.get("apiVersion"), owner.get("kind"), owner.get("uid")) == (*TRAINING_RUN, run.uid)
 
 

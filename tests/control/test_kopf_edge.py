@@ -29,7 +29,7 @@ async def watch_until_asked() -> None:
     connection = Nowhere(configuration=client.Configuration(host="http://127.0.0.1:9"))
     edge = KopfEdge(connection)
     assert edge.trouble == "kopf has not started yet"
-    watching = asyncio.create_task(edge.run(Cache(on_change=lambda _: None)))
+    watching = asyncio.create_task(edge.run(Cache(on_change=lambda *_: None)))
     try:
         await asyncio.wait_for(asked.wait(), WAIT_SECONDS)
     finally:
@@ -59,7 +59,7 @@ class BrokenEdge(KopfEdge):
 def test_an_edge_whose_kopf_ended_says_why() -> None:
     async def watch_until_ended() -> str:
         edge = BrokenEdge(Connection(configuration=client.Configuration(host="http://127.0.0.1:9")))
-        watching = asyncio.create_task(edge.run(Cache(on_change=lambda _: None)))
+        watching = asyncio.create_task(edge.run(Cache(on_change=lambda *_: None)))
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 while edge.trouble == "kopf has not started yet":
@@ -86,7 +86,7 @@ class HeldEdge(KopfEdge):
 
     async def run_and_stop(self) -> None:
         """Run until kopf watches, and then no longer."""
-        watching = asyncio.create_task(self.run(Cache(on_change=lambda _: None)))
+        watching = asyncio.create_task(self.run(Cache(on_change=lambda *_: None)))
         await asyncio.to_thread(self.began.wait, WAIT_SECONDS)
         watching.cancel()
         await asyncio.wait((watching,))

@@ -47,6 +47,18 @@ def is_live(pod: Mapping[str, Any], *, now: datetime) -> bool:
     return pod_phase(pod) in _LIVE_PHASES and (silent is None or silent > now)
 
 
+def is_out_of_sight(pod: Mapping[str, Any]) -> bool:
+    """Return whether a pod's node has fallen silent: whether its containers still run, nobody knows.
+
+    The node controller takes `Ready` from such a pod and leaves the rest as the kubelet told it last: a container that
+    is ready, in a pod that is not. A kubelet that answers says both or neither, there being no readiness gates.
+    """
+    ready = pod_condition(pod, "Ready")
+    containers = (pod.get("status") or {}).get("containerStatuses") or ()
+    told = bool(containers) and all(container.get("ready") for container in containers)
+    return told and pod_phase(pod) == "Running" and ready is not None and ready.get("status") == "False"
+
+
 def is_of_attempt(pod: Mapping[str, Any], attempt: int) -> bool:
     """Return whether a pod belongs to that attempt's gang."""
     own = pod["metadata"].get("labels") or {}

@@ -284,7 +284,7 @@ PROGRESS: dict[str, Any] = {"attempt": 1, "attemptStart": "2026-03-01T09:00:00Z"
 @pytest.mark.parametrize(
     "change",
     [
-        {"step": 6, "percentage": 30, "etaSeconds": 7, "epoch": "0.3"},
+        {"step": 6, "percentage": 30, "etaSeconds": 7, "eta": "7s", "metric": "0.3", "epoch": "0.3"},
         {"metrics": [{"name": "loss", "value": "1"}], "history": [{"step": 5, "loss": "1"}]},
         {"lastUpdatedTime": "2026-03-01T09:00:09Z", "lastBeatTime": "2026-03-01T09:00:09Z"},
         {"phase": "saving", "acknowledged": [{"attempt": 1, "source": "rank-0", "seq": 3}]},

@@ -20,6 +20,8 @@ _SILENT_PROGRESS = frozenset(
         "step",
         "percentage",
         "etaSeconds",
+        "eta",
+        "metric",
         "epoch",
         "metrics",
         "history",

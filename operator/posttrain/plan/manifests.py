@@ -41,6 +41,13 @@ def silent_from(pod: Mapping[str, Any]) -> datetime | None:
     return deleted + _SILENCE if deleted is not None else None
 
 
+def deletion_requested(pod: Mapping[str, Any]) -> datetime | None:
+    """Return when somebody asked for the pod's deletion."""
+    deleted = parse_time(pod["metadata"].get("deletionTimestamp"))
+    grace = pod["metadata"].get("deletionGracePeriodSeconds") or 0
+    return deleted - timedelta(seconds=grace) if deleted is not None else None
+
+
 def is_live(pod: Mapping[str, Any], *, now: datetime) -> bool:
     """Return whether a pod's containers may still run."""
     silent = silent_from(pod)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -50,6 +51,8 @@ _IDENTITY = "posttrain"
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _RESTART_SECONDS = 1.0
 _RESTART_MAX_SECONDS = 30.0
+_GARBAGE_THRESHOLDS = 10_000, 5, 5
+"""Between two looks for cycles. Each look at a run makes thousands of objects, and hardly a cycle."""
 _END_SECONDS = 2.0
 """How long the end of kopf is waited for: a term's work must have ended before another may lead."""
 
@@ -164,6 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the operator until it is told to stop; return the exit code."""
     options = _parse_options(argv)
     configure_logs(level=options.log_level)
+    # What has been loaded lives as long as the process: the collector need not go through it again and again.
+    gc.freeze()
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
     try:
         settings = load_settings(options.settings) if options.settings else Settings()
         return uvloop.run(_serve(options, settings))

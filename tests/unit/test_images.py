@@ -13,7 +13,7 @@ from uv import find_uv_bin
 from posttrain.local.environments import cache_root, ensure_environment
 
 ROOT = Path(__file__).parents[2]
-IMAGES = ("operator", "trainer")
+IMAGES = ("operator", "sandbox", "trainer")
 
 
 def lines_of(text: str) -> list[str]:
@@ -64,3 +64,18 @@ def test_the_operator_starts_with_what_its_lock_names() -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert "--settings FILE" in done.stdout
+
+
+def test_the_sandbox_starts_with_what_its_lock_names() -> None:
+    interpreter = ensure_environment("sandbox", cache=cache_root(os.environ), report=print)
+
+    done = subprocess.run(
+        [interpreter, "-m", "posttrain_workloads.sandbox", "--help"],
+        env={"PYTHONPATH": str(ROOT / "workloads")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--concurrency" in done.stdout

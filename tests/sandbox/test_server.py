@@ -148,12 +148,13 @@ def test_a_body_beyond_the_limit_and_another_path_are_refused(sandbox: RunningSa
 
 def test_waiting_for_ones_turn_takes_no_time_of_the_program() -> None:
     require_landlock()
-    with running_sandbox("--concurrency", "1") as sandbox, ThreadPoolExecutor(4) as pool:
-        programs = [
-            pool.submit(sandbox.execute, "import time\ntime.sleep(0.6)\nprint('done')", run_timeout=1800)
-            for _ in range(4)
-        ]
-        assert [program.result()["run"]["stdout"] for program in programs] == ["done\n"] * 4
+    with running_sandbox("--concurrency", "1") as sandbox, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(sandbox.execute, "import time\ntime.sleep(3)\nprint('first')")
+        wait_for(sandbox.scratch_folders, what="the first program")
+        second = sandbox.execute("echo second", language="bash", run_timeout=2500)
+
+        assert first.result()["run"]["stdout"] == "first\n"
+        assert second["run"]["stdout"] == "second\n", second
 
 
 def test_a_guard_that_is_killed_fails_its_job_alone() -> None:

@@ -23,7 +23,7 @@ from tests.support.processes import wait_for
 ROOT = Path(__file__).resolve().parents[2]
 UNPRIVILEGED = 10001
 """The user of the image."""
-SECONDS = 60
+SECONDS = 120
 _MODULE = "posttrain_workloads.sandbox"
 
 
@@ -37,12 +37,12 @@ class RunningSandbox:
     """Where its scratch folders lie."""
 
     def execute(self, source: str, *, language: str = "python", **fields: Any) -> dict[str, Any]:
-        """Have a program run, and return the answer; 20 s unless `run_timeout` says otherwise."""
+        """Have a program run, and return the answer; 60 s unless `run_timeout` says otherwise."""
         request = {
             "language": language,
             "version": "*",
             "files": [{"content": source}],
-            "run_timeout": 20_000,
+            "run_timeout": 60_000,
             **fields,
         }
         status, answer = self.post(json.dumps(request))

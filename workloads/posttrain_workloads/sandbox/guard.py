@@ -26,7 +26,7 @@ _TICKS_A_FILE_COUNT = 10
 _CHUNK = 1 << 16
 _CROWD = 16
 """Tasks from which on a program has to give way to others."""
-_KILL_SECONDS = 10.0
+_KILL_SECONDS = 60.0
 
 
 class AbandonedError(Exception):

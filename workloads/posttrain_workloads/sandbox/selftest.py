@@ -21,8 +21,8 @@ from posttrain_workloads.sandbox.walls import box
 
 _MIB = 1 << 20
 _LIMITS = Limits(
-    wall_seconds=30.0,
-    cpu_seconds=30.0,
+    wall_seconds=120.0,
+    cpu_seconds=60.0,
     memory_bytes=256 * _MIB,
     output_bytes=_MIB,
     file_bytes=_MIB,

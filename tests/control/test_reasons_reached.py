@@ -148,6 +148,11 @@ def dry_run(bench: Bench) -> None:
     bench.others.end_prepare()
 
 
+def node_is_silent(bench: Bench) -> None:
+    trains(bench)
+    bench.others.silence("demo-a1-master-0")
+
+
 def completed(bench: Bench) -> None:
     trains(bench)
     bench.others.complete_gang(1, result=Result(reason="Completed", message="done"))
@@ -332,6 +337,7 @@ CASES: list[tuple[str, Happens]] = [
     ("Prepared", prepared),
     ("DryRun", dry_run),
     ("AllPodsRunning", trains),
+    ("NodeUnreachable", node_is_silent),
     ("Suspended", suspended),
     ("Completed", completed),
     # The spec and what it refers to

@@ -998,6 +998,29 @@ def test_events_are_told_once() -> None:
     assert [event.partition(":")[0] for event in told] == ["Accepted", "AllPodsRunning"]
 
 
+def test_a_node_that_is_silent_for_a_while_is_told_and_costs_nothing() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+
+    bench.others.silence("demo-a1-master-0")
+    bench.settle()
+    unseen = bench.says("PodsReady")
+    bench.wait(60)
+    bench.others.silence("demo-a1-master-0", answers=True)
+    bench.settle()
+
+    assert unseen == ("Unknown", "NodeUnreachable")
+    assert bench.says("PodsReady") == ("True", "AllPodsRunning")
+    assert bench.status.attempt == 1
+    assert [event.partition(":")[0] for event in bench.events()] == [
+        "Accepted",
+        "AllPodsRunning",
+        "NodeUnreachable",
+        "AllPodsRunning",
+    ]
+
+
 def test_an_event_that_cannot_be_written_costs_a_line_and_nothing_else() -> None:
     bench = Bench()
     bench.submit()

@@ -33,6 +33,13 @@ _CATALOGUE = (
     Reason(name="DryRun", message="spec.prepare.dryRun is true: the run ended after its checks."),
     Reason(name="PodsStarting", message="The gang's pods are starting."),
     Reason(name="AllPodsRunning", message="Every pod of the gang runs."),
+    Reason(
+        name="NodeUnreachable",
+        message="The node of a pod does not answer.",
+        advice="Nothing at first: the gang goes on if the node comes back. The cluster gives its pods up after five "
+        "minutes (a toleration of node.kubernetes.io/unreachable in spec.podOverrides sets another time), and the "
+        "run restarts elsewhere.",
+    ),
     Reason(name="Restarting", message="The gang is being restarted."),
     Reason(
         name="Suspended",

@@ -133,6 +133,10 @@ class Progress(StatusModel):
     """Share of the steps, from 0 to 100."""
     eta_seconds: int | None = None
     """Seconds to the end."""
+    eta: str | None = None
+    """Time to the end, for reading, as in `3m20s`."""
+    metric: str | None = None
+    """The training loss to four significant digits, for reading."""
     epoch: str | None = None
     """Passes over the data so far; a decimal."""
     metrics: list[Metric] | None = None

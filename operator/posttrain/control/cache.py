@@ -20,6 +20,7 @@ from posttrain.control.kinds import POD, TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
 from posttrain.control.wakes import fingerprint
 from posttrain.plan import labels
+from posttrain.plan.manifests import is_being_deleted, pod_condition
 from posttrain.plan.types import Manifest
 
 RunKey = tuple[str, str]
@@ -27,7 +28,7 @@ RunKey = tuple[str, str]
 
 _TOMBSTONES = 20_000
 _DEPARTED = 8
-"""How many disrupted pods of a run are remembered when they are gone: the first of them is the cause."""
+"""How many pods of a run are remembered when they are gone: the first of an attempt to go may be its end's cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Cache:
         return found
 
     def departed(self, run: RunKey) -> list[Manifest]:
-        """Return the last states of pods that the cluster took: they say so, and go at the same moment."""
+        """Return the last states of pods that were taken or deleted: they say so, and go at the same moment."""
         return [_unpack(packed) for packed in self._departed.get(run, ())]
 
     def referrers(self, run: RunKey) -> list[RunKey]:
@@ -131,8 +132,8 @@ class Cache:
         key, uid = ObjectKey.of(manifest), manifest["metadata"]["uid"]
         self._bury(uid, version=int(manifest["metadata"]["resourceVersion"]))
         run = _run_of(key, manifest)
-        if run in self._entries.get(TRAINING_RUN, {}) and _was_disrupted(key, manifest):
-            self._departed.setdefault(run, deque(maxlen=_DEPARTED)).append(_pack(manifest))
+        if run in self._entries.get(TRAINING_RUN, {}) and (key.api_version, key.kind) == POD:
+            self._remember(run, manifest)
         known = self._entries.get((key.api_version, key.kind), {}).get((key.namespace, key.name))
         if known is not None and known.uid == uid:
             self._remove(key)
@@ -163,6 +164,16 @@ class Cache:
             self._unknown.add(kind)
         else:
             self._unknown.discard(kind)
+
+    def _remember(self, run: RunKey, pod: Manifest) -> None:
+        """Keep the last state of a pod that the cluster took, and of each attempt's first that somebody deleted.
+
+        The others of its gang are deleted because of that one, and are many.
+        """
+        departed = self.departed(run)
+        first = not any(_attempt_of(known) == _attempt_of(pod) for known in departed)
+        if _was_disrupted(pod) or (first and is_being_deleted(pod)):
+            self._departed.setdefault(run, deque(maxlen=_DEPARTED)).append(_pack(pod))
 
     def _bury(self, uid: str, *, version: float) -> None:
         """Remember the dead: a late answer to a write of ours must not bring one back."""
@@ -213,10 +224,13 @@ def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:
     return (key.namespace, name) if name is not None else None
 
 
-def _was_disrupted(key: ObjectKey, manifest: Manifest) -> bool:
-    conditions = (manifest.get("status") or {}).get("conditions") or ()
-    found = any((c.get("type"), c.get("status")) == ("DisruptionTarget", "True") for c in conditions)
-    return found and (key.api_version, key.kind) == POD
+def _was_disrupted(pod: Manifest) -> bool:
+    condition = pod_condition(pod, "DisruptionTarget")
+    return condition is not None and condition.get("status") == "True"
+
+
+def _attempt_of(pod: Manifest) -> str | None:
+    return (pod["metadata"].get("labels") or {}).get(labels.ATTEMPT)
 
 
 def _pack(manifest: Manifest) -> bytes:

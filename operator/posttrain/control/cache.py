@@ -215,7 +215,7 @@ class Cache:
     def _tell_referrers(self, run: RunKey) -> None:
         """Whoever writes it: what was no news for the run itself is what others wait for."""
         for referrer in self._referrers.get(run, ()):
-            self._on_change(referrer)
+            self._on_change(referrer, PROMPT_SECONDS)
 
 
 def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:

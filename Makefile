@@ -9,7 +9,12 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.posttrain-setup
 # Everything that `make generate` writes, and nothing else.
 GENERATED := charts/posttrain/values.schema.json crds docs/reasons.md docs/settings.md docs/trainingrun.md \
-  operator/posttrain/api/tables $(wildcard images/*/requirements.txt)
+  operator/posttrain/api/tables $(wildcard images/*/requirements*.txt)
+
+LOCK_ONLY := --no-dev --no-emit-project --format requirements.txt
+EXPORT_VLLM := $(VENV)/bin/uv export --locked --project images/vllm --no-emit-package posttrain $(LOCK_ONLY)
+# PyPI's builds of these do not load without CUDA's libraries, and text needs none of them.
+CUDA_ONLY := torchaudio torchcodec torchvision
 
 # What the test cluster's programs are built for, in this order.
 BUILDS := build-control-plane build-node build-kueue
@@ -64,8 +69,10 @@ chaos: setup build-control-plane ## Kill the operator at 300 random writes of ru
 
 generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, schemas, reference pages
 	@for image in operator trainer; do \
-	  $(VENV)/bin/uv export --locked --extra $$image --no-dev --no-emit-project --format requirements.txt -o images/$$image/requirements.txt >/dev/null || exit 1; \
+	  $(VENV)/bin/uv export --locked --extra $$image $(LOCK_ONLY) -o images/$$image/requirements.txt >/dev/null || exit 1; \
 	done
+	@$(EXPORT_VLLM) --extra gpu -o images/vllm/requirements.txt >/dev/null
+	@$(EXPORT_VLLM) --extra cpu $(CUDA_ONLY:%=--no-emit-package %) -o images/vllm/requirements-cpu.txt >/dev/null
 	$(PY) scripts/generate_tables.py
 	$(PY) -m posttrain.crds
 	$(PY) scripts/generate_chart.py

@@ -269,7 +269,7 @@ def _name_of(recipe: Path) -> str:
 
 
 @app.command()
-def env(name: Annotated[str, typer.Argument(metavar="NAME", help="An image: trainer.")]) -> None:
+def env(name: Annotated[str, typer.Argument(metavar="NAME", help="An image: trainer, vllm.")]) -> None:
     """Make an image's Python environment if need be, and print its interpreter."""
     from rich.console import Console
 

@@ -97,7 +97,7 @@ class TestCluster:
         self.control_plane = ControlPlane(self.folder, ports=ports, host=machine.host_address if machine else LOOPBACK)
         self._exit.callback(self._stop_processes)
         self._processes += self.control_plane.processes
-        self.control_plane.start()
+        self.control_plane.start_api()
         self.training_operator = install_training_operator(
             self.control_plane, options=options, init_image=BUSYBOX, machine=machine
         )
@@ -105,6 +105,7 @@ class TestCluster:
         added = [self.training_operator, self.kwok]
         if kueue_config is not None:
             added.append(install_kueue(self.control_plane, config=kueue_config))
+        self.control_plane.start_controllers()
         self._processes += added
         with ThreadPoolExecutor() as pool:
             list(pool.map(Process.start, added))

@@ -74,8 +74,8 @@ class ControlPlane:
         """Its components, in the order in which they start."""
         return (self.etcd, self.api_server, self.controller_manager, self.scheduler)
 
-    def start(self) -> None:
-        """Start everything, and wait until a pod could be created.
+    def start_api(self) -> None:
+        """Start what takes objects, and wait until it does.
 
         Raises:
             ClusterError: a component did not start; the message has the end of its log.
@@ -83,6 +83,16 @@ class ControlPlane:
         self.etcd.start(wait=False)
         self.api_server.start(wait=False)
         self.api_server.await_ready()
+
+    def start_controllers(self) -> None:
+        """Start what acts on objects, and wait until a pod could be created.
+
+        The garbage collector looks for new kinds twice a minute: what is owned by a kind that came after it stays for
+        as long, or twice as long, when its owner is deleted.
+
+        Raises:
+            ClusterError: a component did not start; the message has the end of its log.
+        """
         with ThreadPoolExecutor() as pool:
             list(pool.map(Process.start, (self.controller_manager, self.scheduler)))
         self.await_namespace("default")

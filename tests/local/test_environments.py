@@ -13,9 +13,30 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import UserError
-from posttrain.local.environments import COMPLETE_MARKER, cache_root, ensure_environment, images_root
+from posttrain.local.environments import COMPLETE_MARKER, cache_root, ensure_environment, find_lock, images_root
 
 REPOSITORY = Path(__file__).parents[2]
+METADATA_ONLY = """\
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+
+[project]
+name = "large"
+version = "1.0+cpu"
+"""
+BACKEND = """\
+import zipfile
+
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    info = "large-1.0+cpu.dist-info"
+    with zipfile.ZipFile(f"{folder}/large-1.0+cpu-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\\nName: large\\nVersion: 1.0+cpu\\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(f"{info}/RECORD", f"{info}/METADATA,,\\n{info}/WHEEL,,\\n{info}/RECORD,,\\n")
+    return "large-1.0+cpu-py3-none-any.whl"
+"""
 
 
 def build_wheel(folder: Path, *, name: str, module: str) -> Path:
@@ -130,6 +151,39 @@ def test_a_wheel_that_is_not_the_locked_one_is_refused_with_uvs_own_words(tmp_pa
 def test_an_image_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path, images: Path) -> None:
     with pytest.raises(UserError, match=r"no image 'large'.*take one of these: small"):
         ensure_environment("large", cache=tmp_path / "cache", report=str, images=images)
+
+
+def test_a_machine_without_nvidias_driver_takes_the_lock_for_cpus_where_there_is_one(images: Path) -> None:
+    (images / "small" / "requirements-cpu.txt").write_text((images / "small" / "requirements.txt").read_text())
+    (images / "small" / "cpu").mkdir()
+    (images / "small" / "cpu" / "pyproject.toml").write_text(METADATA_ONLY)
+
+    with_gpu = find_lock("small", images=images, nvidia=True)
+    without = find_lock("small", images=images, nvidia=False)
+
+    assert (with_gpu.name, with_gpu.requirements.name, with_gpu.metadata) == ("small", "requirements.txt", None)
+    assert (without.name, without.requirements.name) == ("small-cpu", "requirements-cpu.txt")
+    assert without.metadata == images / "small" / "cpu"
+    key = without.key
+    (images / "small" / "cpu" / "pyproject.toml").write_text(f"{METADATA_ONLY}# changed\n")
+    assert find_lock("small", images=images, nvidia=False).key != key
+
+
+def test_the_variant_for_cpus_has_the_metadata_by_which_it_is_found(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    (images / "small" / "requirements-cpu.txt").write_text((images / "small" / "requirements.txt").read_text())
+    (images / "small" / "cpu").mkdir()
+    (images / "small" / "cpu" / "pyproject.toml").write_text(METADATA_ONLY)
+    (images / "small" / "cpu" / "backend.py").write_text(BACKEND)
+    lines: list[str] = []
+
+    interpreter = ensure_environment("small", cache=tmp_path / "cache", report=lines.append, images=images)
+
+    assert run(interpreter, "import importlib.metadata as m; print(m.version('large'))") == "1.0+cpu"
+    assert interpreter.parents[1].name.startswith("small-cpu-")
+    assert "it is the variant for CPUs: nvidia-smi is not on PATH, or finds no GPU" in lines
 
 
 def test_the_trainers_lock_is_found_beside_its_dockerfile() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from posttrain.api.loader import dump_document
 from posttrain.api.training_run import TrainingRun
-from posttrain.local.environments import COMPLETE_MARKER, environment_folder
+from posttrain.local.environments import COMPLETE_MARKER, find_lock, images_root
 from posttrain.local.shim import ORPHAN_GRACE_SECONDS, descendants
 from posttrain.local.state import RunFolder
 from tests.support.builders import build_spec
@@ -43,7 +43,7 @@ class Place:
 
     def _make_environment(self) -> None:
         """Put this test's own interpreter where the trainer's would be."""
-        folder = environment_folder("trainer", cache=self.folder / "cache")
+        folder = find_lock("trainer", images=images_root(), nvidia=False).folder(self.folder / "cache")
         interpreter = folder / "bin" / "python"
         interpreter.parent.mkdir(parents=True)
         interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

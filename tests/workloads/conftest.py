@@ -1,4 +1,4 @@
-"""What the tests in the trainer's environment share: its interpreter, the quickstart's model, a tiny one."""
+"""What the tests in the images' environments share: their interpreters, the quickstart's model, a tiny one."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 def trainer_python() -> Path:
     """The interpreter of the trainer's environment, which is made on first use (minutes)."""
     return ensure_environment("trainer", cache=CACHE, report=lambda line: print(line, file=sys.stderr))
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter of vLLM's environment, which is made on first use (minutes)."""
+    return ensure_environment("vllm", cache=CACHE, report=lambda line: print(line, file=sys.stderr))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -228,9 +227,8 @@ def test_hashing_does_not_hold_up_the_step(tmp_path: Path) -> None:
     with (folder / "optimizer.pt").open("wb") as file:
         file.truncate(2 * 1024**3)  # sparse: seconds to hash, nothing to write
     keeper = build_keeper(tmp_path)
-    started = time.monotonic()
     keeper.finalise(2)
-    assert time.monotonic() - started < 0.1
+    assert not (folder / MARKER).exists()
     assert any(thread.name == "checkpoint-2" for thread in threading.enumerate())
     keeper.wait()
     assert find(tmp_path).step == 2

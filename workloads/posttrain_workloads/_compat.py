@@ -77,5 +77,25 @@ def post_progress_in_background(trainer: Any) -> None:
         trainer.add_callback(BackgroundKubeflowCallback())
 
 
+def hub_transport_error() -> type[Exception]:
+    """Return what the Hub's client raises where the network fails: another library's error in each of its majors.
+
+    huggingface_hub 2 speaks through httpx2, and 1.x, which the transformers of the vllm image wants, through httpx.
+    Goes when vLLM takes transformers 5.18, which takes huggingface_hub 2.
+    """
+    import huggingface_hub
+
+    error: type[Exception]
+    if huggingface_hub.__version__.startswith("1."):
+        import httpx
+
+        error = httpx.TransportError
+    else:
+        import httpx2
+
+        error = httpx2.TransportError
+    return error
+
+
 def _file(folder: Path, rank: int) -> Path:
     return folder / f"logging_state_{rank}.json"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from posttrain.api.shapes import Dataset as Member
 from posttrain.contract.config import ResolvedSource, TrainingConfig
 from posttrain_workloads import hub
+from posttrain_workloads._compat import hub_transport_error
 from posttrain_workloads.formats import Layout, decide_layout, normalise
 from posttrain_workloads.problems import Findings, InvalidInputs, Problem, refuse
 from posttrain_workloads.sources import describe, locate
@@ -200,7 +201,6 @@ def _names_in(folder: Path) -> list[str]:
 
 def _load_from_hub(member: Member, repo: str, revision: str, *, path: str) -> Dataset:
     import datasets
-    import httpx2
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -220,7 +220,7 @@ def _load_from_hub(member: Member, repo: str, revision: str, *, path: str) -> Da
         # Among these: no such config, no such split, each with the list of those there are.
         except (DatasetsError, ValueError, FileNotFoundError) as error:
             cause = error.__cause__ or error
-            if isinstance(cause, OSError | httpx2.TransportError) and not isinstance(cause, FileNotFoundError):
+            if isinstance(cause, OSError | hub_transport_error()) and not isinstance(cause, FileNotFoundError):
                 raise cause from error
             raise refuse(
                 "DatasetNotFound", f"{path}: {what}, config {member.config}, split {member.split}: {cause}"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from posttrain_workloads._compat import hub_transport_error
 from posttrain_workloads.problems import InvalidInputs, Problem, refuse
 
 Kind = Literal["model", "dataset"]
@@ -100,7 +101,6 @@ def count_remote_parameters(repo: str, commit: str, *, path: str) -> int:
 @contextmanager
 def explained(*, path: str, what: str, kind: Kind) -> Iterator[None]:
     """Turn what the Hub's client raises in this block into a problem that says what to change."""
-    import httpx2
     from huggingface_hub import errors
 
     def unreachable(error: Exception) -> InvalidInputs:
@@ -136,7 +136,7 @@ def explained(*, path: str, what: str, kind: Kind) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise refuse(_NOT_FOUND[kind], f"{path}: {what}: {_first_line(error)}") from error
     except (
-        httpx2.TransportError,
+        hub_transport_error(),
         errors.RevisionResolutionError,
         errors.LocalEntryNotFoundError,
         ConnectionError,

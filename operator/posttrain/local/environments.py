@@ -1,6 +1,7 @@
 """One Python environment an image, made by uv from the lock beside its Dockerfile and kept under its content hash.
 
-It owns where environments lie and when one is made; it must not import anything that lives in one.
+It owns where environments lie, which variant of a lock this machine takes, and when an environment is made; it must not
+import anything that lives in one.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.errors import UserError
 from posttrain.local.container import Command, open_shim, read_end
+from posttrain.local.machine import has_nvidia_driver
 
 COMPLETE_MARKER = ".posttrain-complete"
 """Written last: an environment without it is made anew. No rename: its scripts hold its path."""
@@ -39,6 +42,31 @@ def images_root() -> Path:
     return installed if installed.is_dir() else package.parents[1] / "images"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lock:
+    """What an image's environment is made of."""
+
+    name: str
+    """The image's, with `-cpu` after it for the variant for machines without an NVIDIA driver."""
+    requirements: Path
+    metadata: Path | None
+    """A project that is installed too: a distribution without code, which a build for CPUs is found by."""
+
+    @property
+    def key(self) -> str:
+        """Return a hash of all that it is made of, and of the interpreter."""
+        digest = hashlib.sha256(self.requirements.read_bytes())
+        if self.metadata is not None:
+            digest.update((self.metadata / "pyproject.toml").read_bytes())
+        digest.update(f"\n{platform.python_implementation()} {platform.python_version()} ".encode())
+        digest.update(sysconfig.get_platform().encode())
+        return digest.hexdigest()[:16]
+
+    def folder(self, cache: Path) -> Path:
+        """Return where the environment lies, made or not; another content of the lock lies elsewhere."""
+        return cache / "envs" / f"{self.name}-{self.key}"
+
+
 def ensure_environment(
     name: str,
     *,
@@ -53,40 +81,32 @@ def ensure_environment(
     Raises:
         UserError: there is no such image, no uv, or uv could not install what the lock names.
     """
-    requirements = _requirements(name, images=images or images_root())
-    folder = environment_folder(name, cache=cache, images=images)
+    lock = find_lock(name, images=images or images_root(), nvidia=has_nvidia_driver())
+    folder = lock.folder(cache)
     interpreter = folder / "bin" / "python"
     if (folder / COMPLETE_MARKER).exists():
         return interpreter
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock"), report=report):
         if not (folder / COMPLETE_MARKER).exists():
-            _make(folder, requirements=requirements, report=report)
+            _make(folder, lock=lock, report=report)
     return interpreter
 
 
-def environment_folder(name: str, *, cache: Path, images: Path | None = None) -> Path:
-    """Return where an image's environment lies, made or not; another content of its lock lies elsewhere.
+def find_lock(name: str, *, images: Path, nvidia: bool) -> Lock:
+    """Return what an image's environment is made of; `nvidia` is whether this machine has NVIDIA's driver.
 
     Raises:
         UserError: there is no such image.
     """
-    return cache / "envs" / f"{name}-{_key(_requirements(name, images=images or images_root()))}"
-
-
-def _requirements(name: str, *, images: Path) -> Path:
     requirements = images / name / "requirements.txt"
     if not requirements.is_file():
         known = ", ".join(sorted(folder.parent.name for folder in images.glob("*/requirements.txt"))) or "none"
         raise UserError(f"there is no image {name!r} with a requirements.txt in {images}: take one of these: {known}")
-    return requirements
-
-
-def _key(requirements: Path) -> str:
-    digest = hashlib.sha256(requirements.read_bytes())
-    digest.update(f"\n{platform.python_implementation()} {platform.python_version()} ".encode())
-    digest.update(sysconfig.get_platform().encode())
-    return digest.hexdigest()[:16]
+    for_cpus = images / name / "requirements-cpu.txt"
+    if nvidia or not for_cpus.is_file():
+        return Lock(name=name, requirements=requirements, metadata=None)
+    return Lock(name=f"{name}-cpu", requirements=for_cpus, metadata=images / name / "cpu")
 
 
 @contextmanager
@@ -100,20 +120,19 @@ def _locked(file: Path, *, report: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _make(folder: Path, *, requirements: Path, report: Callable[[str], None]) -> None:
+def _make(folder: Path, *, lock: Lock, report: Callable[[str], None]) -> None:
     uv = _find_uv()
     if folder.exists():
         shutil.rmtree(folder)
     report(f"making the environment {folder.name}")
+    if lock.metadata is not None:
+        report("it is the variant for CPUs: nvidia-smi is not on PATH, or finds no GPU")
     # The interpreter is this process's: what the lock's markers and wheels were chosen for.
     _run_uv([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, str(folder)], report=report)
-    _run_uv(
-        [
-            *(uv, "pip", "install", "--python", str(folder / "bin" / "python")),
-            *("--require-hashes", "--no-deps", "--requirement", str(requirements)),
-        ],
-        report=report,
-    )
+    install = (uv, "pip", "install", "--python", str(folder / "bin" / "python"), "--no-deps")
+    _run_uv([*install, "--require-hashes", "--requirement", str(lock.requirements)], report=report)
+    if lock.metadata is not None:
+        _run_uv([*install, str(lock.metadata)], report=report)
     (folder / COMPLETE_MARKER).touch()
 
 

@@ -50,6 +50,11 @@ def observe_machine(environ: Mapping[str, str] = os.environ) -> Machine:
     )
 
 
+def has_nvidia_driver() -> bool:
+    """Return whether NVIDIA's driver finds a GPU here, also one that CUDA_VISIBLE_DEVICES hides."""
+    return bool(_list_gpus())
+
+
 def local_settings(machine: Machine, *, profile: str | None = None, num_nodes: int = 1) -> Settings:
     """Return the settings of a local run. Every profile is this machine, also the `profile` that a run names.
 

@@ -174,9 +174,10 @@ class Server:
                     os.kill(self._workers[descriptor][0], signal.SIGKILL)
 
     def end(self) -> None:
-        """Kill every worker."""
+        """Kill every worker, and return when none is left."""
         for pid, _ in self._workers.values():
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
     def _receive(self) -> socket.socket | None:
         data, ancillary, _, _ = self._control.recvmsg(1, socket.CMSG_SPACE(array.array("i").itemsize))

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from posttrain_workloads.rewards.shortcut import deciding_part
 
@@ -43,6 +43,7 @@ _REMEMBERED = 100_000
 _SERVERS = 3
 """Started for one share of answers, before the next answer is given up."""
 
+_CLOSED = "the pool of graders is closed"
 _GRADER = Path(__file__).with_name("grader.py")
 
 
@@ -164,6 +165,17 @@ class _OwnWorker(threading.local):
     channel: _Channel | None = None
 
 
+class Grader(Protocol):
+    """What the rewards grade with."""
+
+    def grade(self, config: Config, golds: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
+        """Return for each answer whether it equals its solution; None where the solution cannot be parsed.
+
+        Raises:
+            GradingFailed: an answer could not be graded.
+        """
+
+
 class GradingPool:
     """Worker processes that grade; every method may be called from any thread.
 
@@ -188,6 +200,7 @@ class GradingPool:
 
         Raises:
             GradingFailed: an answer could not be graded, because math-verify raised or its process was ended.
+            RuntimeError: the pool is closed.
         """
         parts = [deciding_part(answer) for answer in answers]
         keys = [_Key(config, gold, part) for gold, part in zip(golds, parts, strict=True)]
@@ -226,6 +239,8 @@ class GradingPool:
     def _recall(self, keys: Sequence[_Key]) -> dict[_Key, bool | None]:
         digests = {key: key.digest() for key in keys}
         with self._lock:
+            if self._closed:
+                raise RuntimeError(_CLOSED)
             return {key: self._known[digest] for key, digest in digests.items() if digest in self._known}
 
     def _remember(self, known: Mapping[_Key, bool | None]) -> None:
@@ -261,7 +276,7 @@ class GradingPool:
         if self._own.channel is None:
             with self._lock:
                 if self._closed:
-                    raise RuntimeError("the pool of graders is closed")
+                    raise RuntimeError(_CLOSED)
                 if self._server is None or not self._server.lives():
                     self._server = _Server()
                 self._own.channel = self._server.start_worker()
@@ -286,24 +301,28 @@ def _share_out(keys: Sequence[_Key], *, workers: int) -> list[_Share]:
 # --- The pool of this process -----------------------------------------------------------------------------------------
 
 _shared_lock = threading.Lock()
-_shared: GradingPool | None = None
+_shared: Grader | None = None
 
 
-def shared_pool() -> GradingPool:
-    """Return the pool that the rewards of this process grade with, with a worker for each processor of this rank."""
+def shared_pool() -> Grader:
+    """Return what the rewards of this process grade with: by default a worker for each processor of this rank."""
     global _shared  # noqa: PLW0603 - processes are a process's own
     with _shared_lock:
         if _shared is None:
-            _shared = GradingPool(default_workers(os.environ))
-            atexit.register(_shared.close)
+            pool = GradingPool(default_workers(os.environ))
+            atexit.register(pool.close)
+            _shared = pool
         return _shared
 
 
-def share_pool(pool: GradingPool) -> None:
-    """Let the rewards of this process grade with `pool` from now on; the former one is left as it is."""
+def share_pool(grader: Grader | None) -> None:
+    """Let the rewards of this process grade with another pool from now on, None for a new one of the default size.
+
+    The former one is left as it is.
+    """
     global _shared  # noqa: PLW0603
     with _shared_lock:
-        _shared = pool
+        _shared = grader
 
 
 def default_workers(environ: Mapping[str, str]) -> int:

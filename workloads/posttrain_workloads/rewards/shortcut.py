@@ -1,14 +1,14 @@
-"""Which part of a completion decides the grade: often the answer after the reasoning, which is a tenth of the text.
+"""Which part of a completion decides the grade: often one line after the reasoning, out of hundreds.
 
 It owns the proof that the grade is the same; it must not guess: where a condition does not hold, all of the text is
 graded.
 
 Under the configuration of grader.py, math-verify 0.9 takes the match that ends last among three expressions, tried
-before all others: `\boxed{...}` up to the last brace of the text; a formula between delimiters with a box in it; and
-`final answer is <formula>. I hope`. So when the part after `</think>` has a box and a brace after it, the winner ends
-in that part. It could still begin before it in two ways: a formula whose delimiter was opened in the reasoning (those
-within a line cannot, as the part begins with a line break), and several boxes that math-verify joins to one answer,
-as it does when they are near to each other.
+before all others: `\\boxed{...}` from the first box to the last brace of the text; a formula between delimiters with a
+box in it; and `final answer is <formula>. I hope`. So when there is a box and a brace behind it after `</think>`, the
+winner ends in the text from the line of the first such box on. It could still begin before that line in three ways: a
+formula whose delimiter was opened before (those within a line cannot); a box before, which math-verify joins with one
+that is near to it; and the words `final answer is` at the end of the line before.
 """
 
 from __future__ import annotations
@@ -21,43 +21,48 @@ _JOINED_WITHIN = 70
 
 def deciding_part(text: str) -> str:
     """Return the part of a completion that math-verify gives the same answer for as for all of it."""
-    reasoning, end, part = text.rpartition(_END)
-    begin = part.find("\\boxed{")
-    if not end or not part.startswith("\n") or begin < 0 or part.rfind("}") <= begin + len("\\boxed{"):
+    end = text.rfind(_END)
+    box = text.find("\\boxed", end)
+    if end < 0 or not text.startswith("\\boxed{", box) or text.rfind("}") <= box + len("\\boxed{"):
         return text
-    if _formula_crosses(reasoning, part) or _box_is_near(reasoning, part):
+    if _boxes_join(text[:end], text[end:box], text[box:]):
         return text
-    return part
+    # The line of the box; where its formula begins on a line before, all lines after the reasoning.
+    for line in (text.rfind("\n", end, box), text.find("\n", end, box)):
+        if line >= 0 and not _formula_crosses(text[:line], text[line:]):
+            return text[line:]
+    return text
 
 
-def _formula_crosses(reasoning: str, part: str) -> bool:
-    """Tell whether a formula of several lines may begin in the reasoning and end after it."""
-    if "\\]" in part and reasoning.rfind("\\[") > reasoning.rfind("\\]"):
+def _formula_crosses(before: str, part: str) -> bool:
+    """Tell whether a formula, or the words that introduce one, may begin before the part and end in it."""
+    if "\\]" in part and before.rfind("\\[") > before.rfind("\\]"):
         return True
-    opened = reasoning.rfind("$$")
+    if "I hope" in part:
+        return True
+    opened = before.rfind("$$")
     if opened < 0 or "$$" not in part:
         return False
-    crossing = reasoning[max(opened - 1, 0) :] + part[: part.find("$$")]
-    return "\\boxed{" in crossing or "I hope" in part
+    return "\\boxed{" in before[max(opened - 1, 0) :] + part[: part.find("$$")]
 
 
-def _box_is_near(reasoning: str, part: str) -> bool:
-    """Tell whether the last box of the reasoning may be joined with the first one after it."""
+def _boxes_join(reasoning: str, between: str, part: str) -> bool:
+    """Tell whether the last box of the reasoning may be joined with the one that `part` begins with."""
+    if "\\fbox" in between or "\\fbox" in part:
+        return True
     last = max(reasoning.rfind(box) for box in _BOXES)
-    if last < 0:
-        return False
     brace = reasoning.find("{", last)
-    if brace < 0 or reasoning[last:brace].rstrip() not in _BOXES:
-        return False  # it has no braces, and math-verify joins no such box
-    first = min(at for box in _BOXES if (at := part.find(box)) >= 0)
-    return len(reasoning) - _closing(reasoning, brace) - 1 + len(_END) + first < _JOINED_WITHIN
+    if last < 0 or brace < 0 or reasoning[last:brace].rstrip() not in _BOXES:
+        return False  # there is none, or one without braces, which is never joined
+    closing = _closing(reasoning, brace)
+    return closing is None or len(reasoning) - closing - 1 + len(between) < _JOINED_WITHIN
 
 
-def _closing(text: str, brace: int) -> int:
-    """Return where the brace that is opened at `brace` is closed; the end of the text if nowhere."""
+def _closing(text: str, brace: int) -> int | None:
+    """Return where the brace that is opened at `brace` is closed."""
     depth = 0
     for at in range(brace, len(text)):
         depth += (text[at] == "{") - (text[at] == "}")
         if depth == 0:
             return at
-    return len(text)
+    return None

@@ -157,6 +157,18 @@ def test_the_rights_that_other_tests_read_from_the_template_are_those_that_helm_
 # --- The pods --------------------------------------------------------------------------------------------------------
 
 
+def test_a_silent_node_is_left_after_half_a_minute_whatever_else_is_tolerated(
+    objects: list[Manifest], full: list[Manifest]
+) -> None:
+    silent = [
+        {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30}
+        for taint in ("not-ready", "unreachable")
+    ]
+
+    assert pod_of(objects)["tolerations"] == silent
+    assert pod_of(full, "other-posttrain-operator")["tolerations"] == [*silent, *FULL["tolerations"]]
+
+
 def test_a_pod_complies_with_the_restricted_pod_security_standard(objects: list[Manifest]) -> None:
     """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted, and more."""
     pod = pod_of(objects)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,18 @@ class Node:
         )
 
     def load_image(self, archive: Path) -> None:
-        """Give the node an image from an archive, under the name that stands in it.
+        """Give the node an image from an archive, by its name and by its digest, as if it had been pulled.
 
         Raises:
             ClusterError: containerd could not read it.
         """
-        self.machine.run(self._ctr, "--address", _SOCKET, "--namespace", "k8s.io", "images", "import", archive)
+        with tarfile.open(archive) as file:
+            index = file.extractfile("manifest.json")
+            assert index is not None, f"{archive} is an archive that buildah wrote"
+            (tag,) = json.load(index)[0]["RepoTags"]
+        by_digest = ("--digests", "--base-name", tag.rpartition(":")[0])
+        ctr = (self._ctr, "--address", _SOCKET, "--namespace", "k8s.io")
+        self.machine.run(*ctr, "images", "import", *by_digest, archive)
 
     def advertise(self, resources: Mapping[str, int]) -> None:
         """Let the node say that it has resources which it has not, as `{"nvidia.com/gpu": 2}`."""

@@ -284,7 +284,7 @@ PROGRESS: dict[str, Any] = {"attempt": 1, "attemptStart": "2026-03-01T09:00:00Z"
 @pytest.mark.parametrize(
     "change",
     [
-        {"step": 6, "percentage": 30, "etaSeconds": 7, "epoch": "0.3"},
+        {"step": 6, "percentage": 30, "etaSeconds": 7, "eta": "7s", "metric": "0.3", "epoch": "0.3"},
         {"metrics": [{"name": "loss", "value": "1"}], "history": [{"step": 5, "loss": "1"}]},
         {"lastUpdatedTime": "2026-03-01T09:00:09Z", "lastBeatTime": "2026-03-01T09:00:09Z"},
         {"phase": "saving", "acknowledged": [{"attempt": 1, "source": "rank-0", "seq": 3}]},
@@ -385,10 +385,27 @@ def test_a_pod_that_the_cluster_took_is_remembered_as_it_was_last() -> None:
     assert bells.cache.departed(("team", "demo")) == []
 
 
-def test_a_pod_that_somebody_deleted_is_not_remembered() -> None:
+def deleted_pod(name: str, *, attempt: int, version: int) -> Manifest:
+    pod = build(POD, name=name, version=version)
+    metadata = pod["metadata"]
+    deleted = {
+        "deletionTimestamp": "2026-03-01T09:00:30Z",
+        "labels": {**metadata["labels"], "posttrain.dev/attempt": str(attempt)},
+    }
+    return {**pod, "metadata": {**metadata, **deleted}}
+
+
+def test_of_the_pods_that_somebody_deleted_the_first_of_each_attempt_is_remembered() -> None:
     bells = Bells()
     bells.cache.put(build_run())
+    first, other, later = (
+        deleted_pod("a", attempt=1, version=12),
+        deleted_pod("b", attempt=1, version=13),
+        deleted_pod("c", attempt=2, version=14),
+    )
 
-    bells.cache.drop(build(POD, version=12))
+    bells.cache.drop(build(POD, version=11))
+    for pod in (first, other, later):
+        bells.cache.drop(pod)
 
-    assert bells.cache.departed(("team", "demo")) == []
+    assert bells.cache.departed(("team", "demo")) == [first, later]

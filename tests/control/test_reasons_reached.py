@@ -17,7 +17,7 @@ from posttrain.contract.result import Result
 from posttrain.control.kinds import CLAIM, KUEUE, PYTORCHJOB, WORKLOAD
 from posttrain.control.port import Rejected
 from tests.support.bench import Bench
-from tests.support.builders import rfc3339
+from tests.support.builders import build_other_run, rfc3339
 
 Happens = Callable[[Bench], None]
 STARTED = Started(world_size=1, max_steps=20, resumed_from_step=0)
@@ -148,6 +148,11 @@ def dry_run(bench: Bench) -> None:
     bench.others.end_prepare()
 
 
+def node_is_silent(bench: Bench) -> None:
+    trains(bench)
+    bench.others.silence("demo-a1-master-0")
+
+
 def completed(bench: Bench) -> None:
     trains(bench)
     bench.others.complete_gang(1, result=Result(reason="Completed", message="done"))
@@ -180,6 +185,11 @@ def child_refused(bench: Bench) -> None:
 
 def code_is_missing(bench: Bench) -> None:
     bench.submit(code={"configMapName": "my-code"})
+
+
+def other_run_fails(bench: Bench) -> None:
+    bench.cluster.put(build_other_run("sft", stage="Failed", reason="CudaOutOfMemory"))
+    bench.submit(model={"runRef": {"name": "sft"}})
 
 
 def deadline_passes(bench: Bench) -> None:
@@ -327,6 +337,7 @@ CASES: list[tuple[str, Happens]] = [
     ("Prepared", prepared),
     ("DryRun", dry_run),
     ("AllPodsRunning", trains),
+    ("NodeUnreachable", node_is_silent),
     ("Suspended", suspended),
     ("Completed", completed),
     # The spec and what it refers to
@@ -336,6 +347,7 @@ CASES: list[tuple[str, Happens]] = [
     ("NameConflict", name_taken),
     ("ChildRejected", child_refused),
     ("ReferencePending", code_is_missing),
+    ("ReferenceFailed", other_run_fails),
     # Prepare
     *(
         (reason, prepare_finds(reason))

@@ -28,7 +28,8 @@ from posttrain.control.kinds import (
 )
 from posttrain.control.port import Conflict, ObjectKey, Rejected, Unavailable
 from posttrain.plan.types import Manifest
-from tests.support.bench import Bench
+from tests.support.bench import RUN, Bench
+from tests.support.builders import build_other_run
 from tests.support.faults import Call, Crash, Fault
 
 CHILDREN = ["ServiceAccount demo", "PersistentVolumeClaim demo", "NetworkPolicy demo"]
@@ -872,6 +873,36 @@ def test_own_code_is_waited_for_and_kept_as_it_was_when_it_came() -> None:
     assert not [call for call in bench.port.calls if call.method == "get"]
 
 
+def test_a_run_that_waits_for_anothers_model_is_woken_when_that_one_ends() -> None:
+    bench = Bench()
+    bench.cluster.put(build_other_run("sft", stage="Training"))
+    bench.submit(model={"runRef": {"name": "sft"}})
+    bench.settle()
+    assert bench.says("Accepted") == ("False", "ReferencePending")
+    assert bench.names(PYTORCHJOB) == []
+
+    bench.rung.clear()
+    bench.cluster.put(build_other_run("sft", stage="Succeeded"))
+    bench.see()
+    assert RUN in bench.rung
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+def test_a_run_is_kept_past_its_ttl_until_those_that_start_from_it_have_ended() -> None:
+    bench = Bench()
+    bench.submit(ttlSecondsAfterFinished=60, status=build_other_run("demo", stage="Succeeded")["status"])
+    bench.cluster.put(build_other_run("grpo", stage="Training", model={"runRef": {"name": "demo"}}))
+    bench.wait(61)
+    assert bench.look() == 60
+    assert bench.others.find(TRAINING_RUN, "demo") is not None
+
+    bench.cluster.put(build_other_run("grpo", stage="Succeeded", model={"runRef": {"name": "demo"}}))
+    bench.look()
+    assert bench.others.find(TRAINING_RUN, "demo") is None
+
+
 def test_code_whose_snapshot_is_gone_and_that_changed_since_is_asked_for_until_it_is_back() -> None:
     bench = Bench()
     bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 1\n"}))
@@ -965,6 +996,29 @@ def test_events_are_told_once() -> None:
 
     assert bench.events() == told
     assert [event.partition(":")[0] for event in told] == ["Accepted", "AllPodsRunning"]
+
+
+def test_a_node_that_is_silent_for_a_while_is_told_and_costs_nothing() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+
+    bench.others.silence("demo-a1-master-0")
+    bench.settle()
+    unseen = bench.says("PodsReady")
+    bench.wait(60)
+    bench.others.silence("demo-a1-master-0", answers=True)
+    bench.settle()
+
+    assert unseen == ("Unknown", "NodeUnreachable")
+    assert bench.says("PodsReady") == ("True", "AllPodsRunning")
+    assert bench.status.attempt == 1
+    assert [event.partition(":")[0] for event in bench.events()] == [
+        "Accepted",
+        "AllPodsRunning",
+        "NodeUnreachable",
+        "AllPodsRunning",
+    ]
 
 
 def test_an_event_that_cannot_be_written_costs_a_line_and_nothing_else() -> None:

@@ -7,15 +7,9 @@ from typing import Any
 
 import pytest
 
-from posttrain.local.environments import cache_root, ensure_environment
 from tests.cluster.cluster import TestCluster
-from tests.cluster.product_images import (
-    TRAINER_LIBRARIES,
-    build_operator_image,
-    build_trainer_image,
-)
 from tests.support.host import observe_host
-from tests.support.release import Release
+from tests.support.release import Release, start_node
 from tests.support.tiers import attach_cluster_logs, fresh_namespace, require
 from tests.workloads.conftest import quickstart_inputs, quickstart_model, rows, tiny_model, trainer_python
 
@@ -32,10 +26,7 @@ def host_before() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def node_cluster(host_before: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     """A control plane, the training operator, KWOK and the real node `node-1`, which has the trainer's libraries."""
-    python = ensure_environment("trainer", cache=cache_root(), report=print)
-    libraries = next(python.parents[1].glob("lib/python3.*/site-packages"))
-    folder = tmp_path_factory.mktemp("node")
-    with TestCluster.start(folder, node=True, container_mounts={libraries: TRAINER_LIBRARIES}) as started:
+    with start_node(tmp_path_factory.mktemp("node")) as started:
         yield started
 
 
@@ -49,11 +40,7 @@ def node_namespace(node_cluster: TestCluster) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def release(node_cluster: TestCluster) -> Release:
     """posttrain, installed by helm on the real node, its operator a pod of its own image."""
-    for archive in (build_trainer_image(), build_operator_image()):
-        node_cluster.node.load_image(archive)
-    release = Release(node_cluster)
-    release.upgrade()
-    return release
+    return Release.install(node_cluster)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
+from tests.cluster.images import REGISTRY
 from tests.e2e.test_training import START_SECONDS, run, tiny
-from tests.support.cluster_runs import ClusterRun, reasons
-from tests.support.release import NAMESPACE
+from tests.support.cluster_runs import ClusterRun, message_of, reasons
+from tests.support.processes import main_process
+from tests.support.release import NAMESPACE, PROFILE, Release
 
 __all__ = ["run"]
 pytestmark = pytest.mark.e2e
 
 STEPS = 20
+HELD_AT = 4
+NEVER_PULLED = f"{REGISTRY}/trainer@sha256:{'0' * 64}"
+"""A trainer image that no node has: a pod that is told to run it does not."""
 _CODE = """\
+import os
 import time
+from pathlib import Path
 
 from transformers import TrainerCallback
 
@@ -30,6 +36,15 @@ class Slow(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         time.sleep(self.seconds)
+
+
+class Held(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        while state.global_step == self.step and not Path(os.environ["POSTTRAIN_STORAGE"], "go-on").exists():
+            time.sleep(0.1)
 
 
 class Greedy(TrainerCallback):
@@ -58,6 +73,19 @@ def start(run: ClusterRun, spec: Mapping[str, Any]) -> None:
     run.apply(**spec)
 
 
+def start_held(run: ClusterRun) -> None:
+    """Apply a run that trains to its checkpoint at step 3, and a step further only when it is let go on."""
+    spec = slow({"function": "callbacks:Held", "params": {"step": HELD_AT}})
+    spec["sft"]["args"]["max_steps"] = 6
+    start(run, {**spec, "prepare": {"enabled": False}})
+    await_checkpoint(run)
+
+
+def let_go_on(run: ClusterRun) -> None:
+    """Let a held run go on."""
+    (run.cluster.folder / "volumes" / run.namespace / "shared" / run.name / "go-on").touch()
+
+
 def await_checkpoint(run: ClusterRun, *, attempt: int = 1) -> None:
     """Wait until an attempt has a checkpoint to go on from."""
     run.await_status(
@@ -72,17 +100,15 @@ def await_end(run: ClusterRun) -> dict[str, Any]:
     return run.await_status(lambda s: s.get("completionTime"), what="the end", seconds=START_SECONDS)
 
 
-def main_process(pod: Mapping[str, Any]) -> int:
-    """Return the process on this host that is the main one of a pod's container."""
-    uid = pod["metadata"]["uid"]
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command, groups = (folder / "cmdline").read_bytes(), (folder / "cgroup").read_text()
-        except OSError:
-            continue
-        if uid in groups and b"posttrain_workloads.launch" in command:
-            return int(folder.name)
-    raise AssertionError(f"no process of {pod['metadata']['name']} is found")
+def restarts(pod: Mapping[str, Any]) -> int:
+    """Return how often a pod's containers were started again."""
+    return sum(container["restartCount"] for container in pod["status"]["containerStatuses"])
+
+
+def master(run: ClusterRun, *, attempt: int) -> dict[str, Any]:
+    """Return the pod spec that an attempt's job has for its Master."""
+    job = run.cluster.get("pytorchjob", f"{run.name}-a{attempt}", "--namespace", run.namespace)
+    return dict(job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"])
 
 
 def test_a_deleted_pod_costs_one_restart_from_the_checkpoint(run: ClusterRun) -> None:
@@ -142,3 +168,72 @@ def test_a_run_does_not_notice_that_the_operator_is_replaced(run: ClusterRun) ->
     assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
     assert (ended["attempt"], ended["progress"]["step"]) == (1, STEPS)
     assert {pod["metadata"]["uid"] for pod in run.pods(attempt=1)} <= before
+
+
+def test_a_run_sits_out_a_kubelet_that_is_stopped_for_a_minute(run: ClusterRun) -> None:
+    start_held(run)
+    before = {pod["metadata"]["uid"] for pod in run.pods(attempt=1)}
+    kubelet = run.cluster.node.kubelet
+
+    kubelet.stop()
+    try:
+        unseen = run.await_status(
+            lambda s: reasons(s)["PodsReady"] == ("Unknown", "NodeUnreachable"), what="the silence", seconds=180
+        )
+    finally:
+        kubelet.start()
+
+    assert (unseen["stage"], unseen["attempt"]) == ("Training", 1)
+    assert "node node-1 does not answer" in message_of(unseen, "Succeeded")
+    run.await_status(lambda s: reasons(s)["PodsReady"] == ("True", "AllPodsRunning"), what="its end", seconds=180)
+    let_go_on(run)
+    ended = await_end(run)
+    assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
+    assert (ended["attempt"], ended["progress"]["step"]) == (1, 6)
+    assert {pod["metadata"]["uid"] for pod in run.pods(attempt=1)} <= before
+    told = ["Accepted", "AllPodsRunning", "NodeUnreachable", "AllPodsRunning", "Completed"]
+    assert [reason for _, reason in run.events()] == told
+
+
+@pytest.fixture
+def upgrades(release: Release) -> Iterator[Release]:
+    """The release, to be upgraded by the test, and put back as it was."""
+    yield release
+    release.upgrade()
+
+
+def test_an_upgrade_touches_no_attempt_that_lives_and_the_next_one_runs_what_was_pinned(
+    run: ClusterRun, upgrades: Release
+) -> None:
+    start_held(run)
+    pinned = run.status()["provenance"]["imageDigests"]["trainer"]
+    before, template = run.pods(attempt=1), master(run, attempt=1)
+    assert pinned.startswith(f"{REGISTRY}/trainer@sha256:")
+
+    upgrades.upgrade(
+        images={"trainer": NEVER_PULLED},
+        profiles={"default": {**PROFILE, "env": {"OF_THE_UPGRADE": "yes"}}},
+        terminationGraceSeconds=31,
+    )
+    canary = ClusterRun(run.cluster, run.namespace, "canary")
+    canary.apply(**tiny(prepare={"enabled": False}))
+    canary.await_status(lambda s: s.get("attemptCreatedTime"), what="an attempt of the new operator")
+
+    new = master(canary, attempt=1)
+    assert (new["containers"][0]["image"], new["terminationGracePeriodSeconds"]) == (NEVER_PULLED, 31)
+    canary.kubectl("delete", "trainingrun", canary.name)
+    after = run.pods(attempt=1)
+    assert [pod["metadata"]["uid"] for pod in after] == [pod["metadata"]["uid"] for pod in before]
+    assert [restarts(pod) for pod in after] == [0, 0]
+    assert master(run, attempt=1) == template
+
+    os.kill(main_process(after[1]), signal.SIGKILL)
+    let_go_on(run)
+    ended = await_end(run)
+
+    assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
+    assert (ended["attempt"], ended["restarts"]["infrastructure"]) == (2, 1)
+    assert ended["provenance"]["imageDigests"]["trainer"] == pinned
+    (container,) = master(run, attempt=2)["containers"]
+    assert container["image"] == pinned
+    assert "OF_THE_UPGRADE" not in {variable["name"] for variable in container["env"]}

@@ -42,17 +42,17 @@ def test_columns_show_where_a_run_is(cluster: TestCluster, operator: OperatorPro
 
     facts = (
         Started(world_size=2, max_steps=20, resumed_from_step=0),
-        Logged(step=5, metrics={"loss": "0.25", "grad_norm": "1.5"}),
+        Logged(step=5, metrics={"loss": "0.2513739094829559", "grad_norm": "1.5"}),
         CheckpointSaved(step=5, uri="pvc://shared/demo/checkpoint-5", bytes=10, digest="sha256:0"),
     )
     operator.report(cluster, run.namespace, "demo-a1-master-0", build_report(*facts, step=5))
     run.await_status(lambda s: (s.get("checkpoints") or {}).get("latestStep") == 5, what="checkpoint 5")
     # A rate, hence an end to be expected, is known with the progress server's second write, half a minute later.
-    patch = json.dumps({"status": {"progress": {"etaSeconds": 95}}})
+    patch = json.dumps({"status": {"progress": {"eta": "1m35s"}}})
     run.kubectl("patch", "trun", run.name, "--subresource=status", "--type=merge", "--patch", patch)
     training = columns(run, *WIDE)
     del training["AGE"]
-    progress = {"PROGRESS": "25", "STEP": "5", "ETA": "95", "METRIC": "0.25"}
+    progress = {"PROGRESS": "25", "STEP": "5", "ETA": "1m35s", "METRIC": "0.2514"}
     more = {"REASON": "InProgress", "RESTARTS": "0", "CHECKPOINT": "5"}
     assert training == {**about, "STATE": "Training", **progress, **more}
 

@@ -1,4 +1,4 @@
-"""posttrain as `helm install` brings it to a cluster with a real node, and the storage that runs find there.
+"""A cluster with a real node, posttrain as `helm install` brings it there, and the storage that runs find.
 
 It owns the values of the release and where claims lie on this host; it must not know what a test is about.
 """
@@ -12,21 +12,36 @@ from typing import Any
 
 import yaml
 
+from posttrain.local.environments import cache_root, ensure_environment
 from tests.cluster.cluster import TestCluster
-from tests.cluster.product_images import OPERATOR_REPOSITORY, TRAINER
+from tests.cluster.product_images import (
+    OPERATOR_REPOSITORY,
+    TRAINER,
+    TRAINER_LIBRARIES,
+    build_operator_image,
+    build_trainer_image,
+)
 from tests.support.helm import CHART, helm
 from tests.support.operator_process import add_claim
 
 NAMESPACE = "posttrain-system"
 _USER = 10001
 """Of the images; a volume of this host belongs to nobody else's group."""
+PROFILE: dict[str, Any] = {"cpu": "800m", "memory": "3Gi", "sharedMemory": "256Mi"}
 _SETTINGS: dict[str, Any] = {
     "images": {"trainer": TRAINER},
-    "profiles": {"default": {"cpu": "800m", "memory": "3Gi", "sharedMemory": "256Mi"}},
+    "profiles": {"default": PROFILE},
     "prepareCpu": "1",
     "prepareMemory": "3Gi",
     "terminationGraceSeconds": 30,
 }
+
+
+def start_node(folder: Path) -> TestCluster:
+    """Start a cluster whose real node has the trainer's libraries."""
+    python = ensure_environment("trainer", cache=cache_root(), report=print)
+    libraries = next(python.parents[1].glob("lib/python3.*/site-packages"))
+    return TestCluster.start(folder, node=True, container_mounts={libraries: TRAINER_LIBRARIES})
 
 
 class Release:
@@ -34,6 +49,15 @@ class Release:
 
     def __init__(self, cluster: TestCluster) -> None:
         self.cluster = cluster
+
+    @classmethod
+    def install(cls, cluster: TestCluster) -> Release:
+        """Install it on a real node, its operator a pod of its own image."""
+        for archive in (build_trainer_image(), build_operator_image()):
+            cluster.node.load_image(archive)
+        release = cls(cluster)
+        release.upgrade()
+        return release
 
     def upgrade(self, *, tag: str = "1", **settings: Any) -> None:
         """Install the chart or upgrade to these values, and wait until the operator is ready."""

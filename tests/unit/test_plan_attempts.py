@@ -292,3 +292,35 @@ def test_a_pod_that_went_with_its_node_is_the_nodes_end_and_no_deletion() -> Non
             "node-1",
             "demo-a1-worker-0",
         )
+
+
+def deleted(pod: Manifest, *, at_second: float) -> Manifest:
+    """Return a pod whose deletion was asked for then, with the half minute that it has to end."""
+    metadata = {"deletionTimestamp": rfc3339(at(at_second + 30)), "deletionGracePeriodSeconds": 30}
+    return {**pod, "metadata": {**pod["metadata"], **metadata}}
+
+
+def test_a_pod_that_was_deleted_is_named_before_what_followed_from_it() -> None:
+    gone = deleted(failed(1, 143, at_second=99), at_second=98)
+    followed = failed(0, 138, reason="PeerLost", at_second=100)
+    for pods, departed in (([followed], [gone]), ([followed, gone], []), ([], [gone])):
+        cause = find_cause(gang(pods, size=2, departed=departed), now=at(101))
+
+        assert cause is not None
+        assert (cause.reason, cause.budget, cause.node, cause.pod) == (
+            "PodDeleted",
+            "infrastructure",
+            None,
+            "demo-a1-worker-0",
+        )
+        assert cause.message == "attempt 1, pod demo-a1-worker-0 on node node-1: it was deleted while the gang ran"
+
+
+def test_a_pod_that_was_deleted_when_another_had_failed_is_no_cause() -> None:
+    ended = failed(0, 138, reason="PeerLost", at_second=100)
+    cleaned_up = deleted(build_pod("demo", node=1), at_second=102)
+
+    cause = find_cause(gang([ended], size=2, departed=[cleaned_up]), now=at(112))
+
+    assert cause is not None
+    assert (cause.reason, cause.pod) == ("PeerLost", "demo-a1-master-0")

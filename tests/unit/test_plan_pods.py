@@ -1,11 +1,11 @@
-"""Why a gang's pods do not all run yet."""
+"""Whether a gang's pods all run, or why not yet."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from posttrain.plan.attempts import Gang
-from posttrain.plan.pods import explain_waiting
+from posttrain.plan.pods import explain_running, explain_waiting
 from posttrain.plan.status import Says
 from posttrain.plan.types import Manifest
 from tests.support.builders import at, build_pod, rfc3339
@@ -72,3 +72,26 @@ def test_events_of_another_attempt_or_of_success_say_nothing() -> None:
     events = [event("FailedCreatePod", OVER_QUOTA, job="demo-a2"), event("SuccessfulCreatePod", "Created pod")]
 
     assert explain_waiting(gang(), job_events=events).reason == "PodsStarting"
+
+
+def silent(pod: Manifest) -> Manifest:
+    """Return a running pod as the node controller leaves it when the kubelet tells nothing any more."""
+    conditions = [{"type": "Ready", "status": "False"}, {"type": "ContainersReady", "status": "True"}]
+    return {**pod, "status": {**pod["status"], "conditions": conditions, "containerStatuses": [{"ready": True}]}}
+
+
+def test_a_pod_on_a_node_that_does_not_answer_is_not_said_to_run() -> None:
+    pods = build_pod("demo"), silent(build_pod("demo", node=1, node_name="node-1"))
+
+    assert explain_running(gang(*pods)) == Says(
+        "Unknown",
+        "NodeUnreachable",
+        "node node-1 does not answer: whether demo-a1-worker-0 still runs is not known, and is waited for",
+    )
+
+
+def test_a_pod_whose_own_kubelet_says_that_it_is_not_ready_runs() -> None:
+    pod = silent(build_pod("demo"))
+    pod["status"]["containerStatuses"] = [{"ready": False}]
+
+    assert explain_running(gang(pod, size=1)) == Says("True", "AllPodsRunning")

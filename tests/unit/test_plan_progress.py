@@ -85,6 +85,26 @@ def test_there_is_no_eta_before_a_step_was_timed_and_none_left_at_the_last_step(
     assert take(progress, step(100), received_at=at(60)).eta_seconds == 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "seconds", "eta"),
+    [(99, 99, "1s"), (40, 40, "1m"), (20, 50, "3m20s"), (1, 76, "2h5m"), (1, 3600, "4d3h"), (100, 1, "0s")],
+)
+def test_the_eta_is_there_to_be_read_too(steps: int, seconds: int, eta: str) -> None:
+    begun = take(None, build_report(started()))
+
+    assert begun.eta is None
+    assert take(begun, step(steps), received_at=at(seconds)).eta == eta
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"), [("0.04515746980905533", "0.04516"), ("12345.678", "1.235e+04"), ("3", "3"), ("nan", "nan")]
+)
+def test_the_loss_is_there_to_be_read_too(loss: str, text: str) -> None:
+    progress = take(None, build_report(started(), logged(3, loss)))
+
+    assert progress.metric == text
+
+
 def test_an_attempt_never_moves_backwards() -> None:
     progress = take(None, build_report(started()), step(30, loss="1"))
     behind = take(progress, step(20, loss="2"), received_at=at(9))

@@ -30,11 +30,16 @@ def vllm_python() -> Path:
     return ensure_environment("vllm", cache=CACHE, report=lambda line: print(line, file=sys.stderr))
 
 
-@pytest.fixture(scope="session")
-def quickstart_inputs(trainer_python: Path) -> Path:
-    """The quickstart's inputs: model/, train.jsonl, heldout.jsonl."""
+def ensure_quickstart_inputs() -> Path:
+    """Return the folder of the quickstart's inputs: model/, train.jsonl, heldout.jsonl."""
     subprocess.run([sys.executable, QUICKSTART / "make_inputs.py"], check=True, stdout=subprocess.DEVNULL)
     return QUICKSTART / "inputs"
+
+
+@pytest.fixture(scope="session")
+def quickstart_inputs(trainer_python: Path) -> Path:
+    """The quickstart's inputs."""
+    return ensure_quickstart_inputs()
 
 
 @pytest.fixture(scope="session")
@@ -43,24 +48,29 @@ def quickstart_model(quickstart_inputs: Path) -> Path:
     return quickstart_inputs / "model"
 
 
-@pytest.fixture(scope="session")
-def tiny_model(trainer_python: Path, quickstart_model: Path) -> Path:
-    """A Llama of two layers with random weights, and the real model's tokenizer and chat template."""
+def ensure_tiny_model(python: Path, *, real: Path) -> Path:
+    """Return a Llama of two layers with random weights, and the tokenizer and chat template of the real model."""
     script = Path(__file__).with_name("make_tiny_model.py")
-    sources = [script, quickstart_model / "tokenizer.json", quickstart_model / "chat_template.jinja"]
+    sources = [script, real / "tokenizer.json", real / "chat_template.jinja"]
     key = hashlib.sha256(b"\0".join(file.read_bytes() for file in sources)).hexdigest()[:16]
     folder = CACHE / f"tiny-model-{key}"
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE, prefix=f"{folder.name}.") as making:
             target = Path(making) / "model"
-            subprocess.run([trainer_python, script, quickstart_model, target], check=True)
+            subprocess.run([python, script, real, target], check=True)
             try:
                 target.rename(folder)
             except OSError:
                 if not folder.exists():  # else another test process was faster, with the same content
                     raise
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(trainer_python: Path, quickstart_model: Path) -> Path:
+    """A tiny model that is trained in no time."""
+    return ensure_tiny_model(trainer_python, real=quickstart_model)
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,7 @@ def test_a_config_of_another_version_ends_as_the_platforms_error(tmp_path: Path)
 def test_a_storage_with_another_runs_results_is_left_as_it_is(tmp_path: Path) -> None:
     config = build_config(model=NOWHERE, rows=NOWHERE)
     claim_storage(tmp_path / "storage", config)
+    (tmp_path / "storage" / "model").touch()
     before = {file: file.read_bytes() for file in (tmp_path / "storage").iterdir()}
     other = build_config(model=NOWHERE, rows=NOWHERE, args={"learning_rate": 0.5})
     pod = build_pod(tmp_path, other)
@@ -64,8 +65,21 @@ def test_a_storage_is_claimed_once_whoever_comes_first(tmp_path: Path) -> None:
     claim_storage(tmp_path, config.model_copy(update={"attempt": 2}))
     assert json.loads((tmp_path / "run.json").read_text()) == {"name": "tiny", "configHash": config.config_hash}
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+    (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(StorageHoldsAnotherRun, match="holds the results of tiny with another spec"):
         claim_storage(tmp_path, build_config(model=NOWHERE, rows=NOWHERE, args={"max_steps": 7}))
+
+
+def test_a_storage_without_results_goes_to_the_next_run_of_the_name(tmp_path: Path) -> None:
+    claim_storage(tmp_path, build_config(model=NOWHERE, rows=NOWHERE))
+    for name in ("facts.jsonl", "facts.ack.json", "facts-1.jsonl"):
+        (tmp_path / name).touch()
+    mended = build_config(model=NOWHERE, rows=NOWHERE, args={"max_steps": 7})
+
+    claim_storage(tmp_path, mended)
+
+    assert json.loads((tmp_path / "run.json").read_text()) == {"name": "tiny", "configHash": mended.config_hash}
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize(

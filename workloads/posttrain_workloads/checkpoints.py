@@ -145,10 +145,18 @@ def list_files(folder: Path) -> list[str]:
 
 
 def seal_files(folder: Path, paths: Iterable[str]) -> list[MarkedFile]:
-    """Bring files to the disk, and return their sizes and hashes."""
+    """Bring files to the disk, and return their sizes and hashes.
+
+    Each becomes as readable as the folder: safetensors writes files that only their owner may read, and whoever shares
+    the claim is another user.
+    """
+    readable = folder.stat().st_mode & 0o444
     sealed = []
     for path in paths:
         with (folder / path).open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if mode | readable != mode:
+                os.fchmod(file.fileno(), mode | readable)
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             sealed.append(MarkedFile(path=path, bytes=file.tell(), sha256=digest))

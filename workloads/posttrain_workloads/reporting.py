@@ -47,6 +47,8 @@ BEAT_INTERVAL_SECONDS = 10.0
 BACKOFF_MAX_SECONDS = 30.0
 HOLD_MAX_SECONDS = 60.0
 """However long the server asks to wait with what it has taken."""
+FACTS_FILES = "facts*.json*"
+"""Every node's facts, and how far they were acknowledged."""
 _QUEUE_MAX = 10_000
 _UNSENT_MAX = 20_000
 _ENVELOPE_BYTES = 1024

@@ -33,6 +33,13 @@ _CATALOGUE = (
     Reason(name="DryRun", message="spec.prepare.dryRun is true: the run ended after its checks."),
     Reason(name="PodsStarting", message="The gang's pods are starting."),
     Reason(name="AllPodsRunning", message="Every pod of the gang runs."),
+    Reason(
+        name="NodeUnreachable",
+        message="The node of a pod does not answer.",
+        advice="Nothing at first: the gang goes on if the node comes back. The cluster gives its pods up after five "
+        "minutes (a toleration of node.kubernetes.io/unreachable in spec.podOverrides sets another time), and the "
+        "run restarts elsewhere.",
+    ),
     Reason(name="Restarting", message="The gang is being restarted."),
     Reason(
         name="Suspended",
@@ -66,6 +73,11 @@ _CATALOGUE = (
         name="ReferencePending",
         message="Something that the spec refers to does not exist yet.",
         advice="Create the object that is named; the run goes on by itself.",
+    ),
+    Reason(
+        name="ReferenceFailed",
+        message="A run that the spec refers to has nothing that can be used.",
+        advice="Delete the run that is named, mend its cause and apply it again under its name; this one goes on then.",
     ),
     Reason(
         name="ModelNotFound",

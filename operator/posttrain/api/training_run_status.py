@@ -133,6 +133,10 @@ class Progress(StatusModel):
     """Share of the steps, from 0 to 100."""
     eta_seconds: int | None = None
     """Seconds to the end."""
+    eta: str | None = None
+    """Time to the end, for reading, as in `3m20s`."""
+    metric: str | None = None
+    """The training loss to four significant digits, for reading."""
     epoch: str | None = None
     """Passes over the data so far; a decimal."""
     metrics: list[Metric] | None = None
@@ -229,6 +233,8 @@ class ProvenanceStatus(StatusModel):
 
     model_commit: str | None = None
     """Hub commit of the model."""
+    model_source: str | None = None
+    """Where the model lies that another run ended with, once that is known."""
     dataset_commits: dict[str, str] | None = None
     """Hub commits by `datasets/0` and so on."""
     image_digests: dict[str, str] | None = None

@@ -20,6 +20,7 @@ from posttrain.control.kinds import POD, TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
 from posttrain.control.wakes import fingerprint
 from posttrain.plan import labels
+from posttrain.plan.manifests import is_being_deleted, pod_condition
 from posttrain.plan.types import Manifest
 
 RunKey = tuple[str, str]
@@ -27,7 +28,7 @@ RunKey = tuple[str, str]
 
 _TOMBSTONES = 20_000
 _DEPARTED = 8
-"""How many disrupted pods of a run are remembered when they are gone: the first of them is the cause."""
+"""How many pods of a run are remembered when they are gone: the first of an attempt to go may be its end's cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class Cache:
         self._of_run: dict[RunKey, set[ObjectKey]] = {}
         self._run_of: dict[ObjectKey, RunKey] = {}
         self._departed: dict[RunKey, deque[bytes]] = {}
+        self._refers_to: dict[RunKey, RunKey] = {}
+        self._referrers: dict[RunKey, set[RunKey]] = {}
         self._gone: OrderedDict[str, float] = OrderedDict()
         """By uid: the version at which an object was gone, infinite where it can never come back."""
         self._listed: set[Kind] = set()
@@ -70,8 +73,12 @@ class Cache:
         return found
 
     def departed(self, run: RunKey) -> list[Manifest]:
-        """Return the last states of pods that the cluster took: they say so, and go at the same moment."""
+        """Return the last states of pods that were taken or deleted: they say so, and go at the same moment."""
         return [_unpack(packed) for packed in self._departed.get(run, ())]
+
+    def referrers(self, run: RunKey) -> list[RunKey]:
+        """Return the runs whose spec refers to a run, which need not exist."""
+        return sorted(self._referrers.get(run, ()))
 
     def runs(self) -> list[RunKey]:
         """Return the key of every run."""
@@ -111,7 +118,10 @@ class Cache:
             return
         wakes = fingerprint(manifest)
         self._entries[kind][key.namespace, key.name] = _Entry(uid, version, wakes, _pack(manifest))
-        if kind != TRAINING_RUN:
+        if kind == TRAINING_RUN:
+            self._note_reference(run, manifest)
+            self._tell_referrers(run)
+        else:
             self._run_of[key] = run
             self._of_run.setdefault(run, set()).add(key)
         if not own and (known is None or (known.uid, known.wakes) != (uid, wakes)):
@@ -122,8 +132,8 @@ class Cache:
         key, uid = ObjectKey.of(manifest), manifest["metadata"]["uid"]
         self._bury(uid, version=int(manifest["metadata"]["resourceVersion"]))
         run = _run_of(key, manifest)
-        if run in self._entries.get(TRAINING_RUN, {}) and _was_disrupted(key, manifest):
-            self._departed.setdefault(run, deque(maxlen=_DEPARTED)).append(_pack(manifest))
+        if run in self._entries.get(TRAINING_RUN, {}) and (key.api_version, key.kind) == POD:
+            self._remember(run, manifest)
         known = self._entries.get((key.api_version, key.kind), {}).get((key.namespace, key.name))
         if known is not None and known.uid == uid:
             self._remove(key)
@@ -155,6 +165,16 @@ class Cache:
         else:
             self._unknown.discard(kind)
 
+    def _remember(self, run: RunKey, pod: Manifest) -> None:
+        """Keep the last state of a pod that the cluster took, and of each attempt's first that somebody deleted.
+
+        The others of its gang are deleted because of that one, and are many.
+        """
+        departed = self.departed(run)
+        first = not any(_attempt_of(known) == _attempt_of(pod) for known in departed)
+        if _was_disrupted(pod) or (first and is_being_deleted(pod)):
+            self._departed.setdefault(run, deque(maxlen=_DEPARTED)).append(_pack(pod))
+
     def _bury(self, uid: str, *, version: float) -> None:
         """Remember the dead: a late answer to a write of ours must not bring one back."""
         self._gone[uid] = max(version, self._gone.pop(uid, 0))
@@ -167,6 +187,8 @@ class Cache:
         if (key.api_version, key.kind) == TRAINING_RUN:
             run = (key.namespace, key.name)
             self._departed.pop(run, None)
+            self._note_reference(run, None)
+            self._tell_referrers(run)
         if run is None:
             return
         owned = self._of_run.get(run)
@@ -175,6 +197,23 @@ class Cache:
             if not owned:
                 del self._of_run[run]
         self._on_change(run)
+
+    def _note_reference(self, run: RunKey, manifest: Manifest | None) -> None:
+        known = self._refers_to.pop(run, None)
+        if known is not None:
+            self._referrers[known].discard(run)
+            if not self._referrers[known]:
+                del self._referrers[known]
+        reference = (((manifest or {}).get("spec") or {}).get("model") or {}).get("runRef")
+        if reference is not None:
+            refers_to = (run[0], str(reference.get("name")))
+            self._refers_to[run] = refers_to
+            self._referrers.setdefault(refers_to, set()).add(run)
+
+    def _tell_referrers(self, run: RunKey) -> None:
+        """Whoever writes it: what was no news for the run itself is what others wait for."""
+        for referrer in self._referrers.get(run, ()):
+            self._on_change(referrer)
 
 
 def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:
@@ -185,10 +224,13 @@ def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:
     return (key.namespace, name) if name is not None else None
 
 
-def _was_disrupted(key: ObjectKey, manifest: Manifest) -> bool:
-    conditions = (manifest.get("status") or {}).get("conditions") or ()
-    found = any((c.get("type"), c.get("status")) == ("DisruptionTarget", "True") for c in conditions)
-    return found and (key.api_version, key.kind) == POD
+def _was_disrupted(pod: Manifest) -> bool:
+    condition = pod_condition(pod, "DisruptionTarget")
+    return condition is not None and condition.get("status") == "True"
+
+
+def _attempt_of(pod: Manifest) -> str | None:
+    return (pod["metadata"].get("labels") or {}).get(labels.ATTEMPT)
 
 
 def _pack(manifest: Manifest) -> bytes:

@@ -26,7 +26,7 @@ class Belongings:
     pods: tuple[Manifest, ...] = ()
     """Pods of its jobs, and of such as are gone already."""
     departed: tuple[Manifest, ...] = ()
-    """Last states of its pods that the cluster took."""
+    """Last states of its pods that the cluster took, or that somebody deleted."""
     foreign: frozenset[ObjectRef] = frozenset()
     """Somebody else's objects that bear the label."""
     predecessors: tuple[ObjectRef, ...] = ()

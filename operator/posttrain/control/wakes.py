@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from posttrain.control.kinds import JOB, POD, PYTORCHJOB, TRAINING_RUN
+from posttrain.plan.manifests import is_out_of_sight
 from posttrain.plan.types import Manifest
 
 _METADATA = ("generation", "deletionTimestamp", "labels", "ownerReferences")
@@ -19,6 +20,8 @@ _SILENT_PROGRESS = frozenset(
         "step",
         "percentage",
         "etaSeconds",
+        "eta",
+        "metric",
         "epoch",
         "metrics",
         "history",
@@ -61,6 +64,7 @@ def _pod(manifest: Manifest, status: dict[str, Any]) -> list[Any]:
     return [
         (manifest.get("spec") or {}).get("nodeName"),
         [status.get(part) for part in _POD_STATUS],
+        is_out_of_sight(manifest),
         [
             [condition.get(part) for part in ("type", "status", "reason", "message")]
             for condition in status.get("conditions") or ()

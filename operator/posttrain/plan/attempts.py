@@ -15,6 +15,7 @@ from posttrain.api.reasons import CONSEQUENCES, REASONS, advice_for
 from posttrain.api.training_run_status import FirstErrorReport, ResultReport
 from posttrain.contract.result import ExitCode, Result, parse_termination_message
 from posttrain.plan.manifests import (
+    deletion_requested,
     is_being_deleted,
     is_live,
     node_name,
@@ -91,7 +92,7 @@ class Gang:
     first_error: FirstErrorReport | None
     result: ResultReport | None
     departed: tuple[Manifest, ...] = ()
-    """Last states of pods of it that the cluster took."""
+    """Last states of pods of it that the cluster took, or that somebody deleted."""
 
     @property
     def runs(self) -> bool:
@@ -150,7 +151,10 @@ def find_cause(gang: Gang, *, now: datetime) -> Cause | None:
         )
     failed = any(pod_phase(pod) == "Failed" for pod in gang.pods)
     if gang.job.phase == "Failed" or failed:
-        return _earliest_error(gang, now=now) or _disrupted(gang, now=now) or _unexplained(gang)
+        error = _earliest_error(gang, now=now)
+        if error is not None and error.reason not in CONSEQUENCES:
+            return error
+        return _disrupted(gang, now=now) or _deleted(gang) or error or _unexplained(gang)
     if gang.job.phase == "Succeeded":
         return _ended_without_result(gang)
     return _lost_pod(gang, now=now)
@@ -173,8 +177,33 @@ def _lost_pod(gang: Gang, *, now: datetime) -> Cause | None:
 
 def _disrupted(gang: Gang, *, now: datetime) -> Cause | None:
     """Return why the cluster took a pod of which nothing is left: that of a lost node goes as it says so."""
-    errors = [error for pod in gang.departed if (error := _pod_error(gang, pod, now=now)) is not None]
+    taken = (pod for pod in gang.departed if _disruption(pod) is not None)
+    errors = [error for pod in taken if (error := _pod_error(gang, pod, now=now)) is not None]
     return min(errors, key=lambda error: error.time).cause if errors else None
+
+
+def _deleted(gang: Gang) -> Cause | None:
+    """Return which pod somebody deleted before any other had ended: the others of its gang go because of that.
+
+    Its node has nothing to do with it.
+    """
+    requested = {
+        pod["metadata"]["name"]: (time, pod)
+        for pod in (*gang.departed, *gang.pods)
+        if (time := deletion_requested(pod)) is not None
+    }
+    if not requested:
+        return None
+    time, first = min(requested.values(), key=lambda deletion: deletion[0])
+    ends = [end for pod in gang.pods if not is_being_deleted(pod) and (end := _finished_at(pod)) is not None]
+    if ends and min(ends) < time:
+        return None
+    return Cause(
+        reason="PodDeleted",
+        message=_message(gang, first, "it was deleted while the gang ran"),
+        budget="infrastructure",
+        pod=first["metadata"]["name"],
+    )
 
 
 def _ended_without_result(gang: Gang) -> Cause:

@@ -41,10 +41,29 @@ def silent_from(pod: Mapping[str, Any]) -> datetime | None:
     return deleted + _SILENCE if deleted is not None else None
 
 
+def deletion_requested(pod: Mapping[str, Any]) -> datetime | None:
+    """Return when somebody asked for the pod's deletion."""
+    deleted = parse_time(pod["metadata"].get("deletionTimestamp"))
+    grace = pod["metadata"].get("deletionGracePeriodSeconds") or 0
+    return deleted - timedelta(seconds=grace) if deleted is not None else None
+
+
 def is_live(pod: Mapping[str, Any], *, now: datetime) -> bool:
     """Return whether a pod's containers may still run."""
     silent = silent_from(pod)
     return pod_phase(pod) in _LIVE_PHASES and (silent is None or silent > now)
+
+
+def is_out_of_sight(pod: Mapping[str, Any]) -> bool:
+    """Return whether a pod's node has fallen silent: whether its containers still run, nobody knows.
+
+    The node controller takes `Ready` from such a pod and leaves the rest as the kubelet told it last: a container that
+    is ready, in a pod that is not. A kubelet that answers says both or neither, there being no readiness gates.
+    """
+    ready = pod_condition(pod, "Ready")
+    containers = (pod.get("status") or {}).get("containerStatuses") or ()
+    told = bool(containers) and all(container.get("ready") for container in containers)
+    return told and pod_phase(pod) == "Running" and ready is not None and ready.get("status") == "False"
 
 
 def is_of_attempt(pod: Mapping[str, Any], attempt: int) -> bool:

@@ -1,6 +1,6 @@
-"""Why a gang's pods do not all run yet, as a condition tells it.
+"""Whether a gang's pods all run, or why not yet, as a condition tells it.
 
-It owns the reading of waiting pods; it must not decide what follows from the wait.
+It owns the reading of pods that wait or run; it must not decide what follows from it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from posttrain.plan import names
 from posttrain.plan.attempts import Gang
-from posttrain.plan.manifests import pod_condition, pod_phase
+from posttrain.plan.manifests import is_out_of_sight, node_name, pod_condition, pod_phase
 from posttrain.plan.status import Says
 from posttrain.plan.types import Manifest
 
@@ -20,6 +20,17 @@ _NOT_CREATED = "FailedCreate"
 """Beginning of the reasons with which the training operator says that it could not create a pod or its service."""
 _OVER_QUOTA = "exceeded quota"
 """In every refusal by a ResourceQuota (k8s.io/apiserver, admission/plugin/resourcequota)."""
+
+
+def explain_running(gang: Gang) -> Says:
+    """Return that every pod of the gang runs, or that this cannot be known: of a silent node nobody hears of an end."""
+    unseen = [pod for pod in gang.pods if is_out_of_sight(pod)]
+    if not unseen:
+        return Says("True", "AllPodsRunning")
+    pods = ", ".join(pod["metadata"]["name"] for pod in unseen)
+    nodes = ", ".join(sorted({node_name(pod) or "" for pod in unseen}))
+    message = f"node {nodes} does not answer: whether {pods} still runs is not known, and is waited for"
+    return Says("Unknown", "NodeUnreachable", message)
 
 
 def explain_waiting(gang: Gang, *, job_events: Iterable[Manifest] = ()) -> Says:

@@ -80,6 +80,11 @@ def next_progress(current: Progress | None, report: FactsReport | KubeflowReport
     ended attempt moves no step, but its facts count. Of every (attempt, source) the facts are taken in the order of
     `seq`, each once; what follows a gap waits until the gap is sent.
     """
+    progress = _take(current, report, received_at=received_at)
+    return _with(progress, eta=_duration_text(progress.eta_seconds), metric=_metric_text(progress.metrics))
+
+
+def _take(current: Progress | None, report: FactsReport | KubeflowReport, *, received_at: datetime) -> Progress:
     progress = current or Progress()
     if progress.attempt is None or report.attempt > progress.attempt:
         progress = _begin_attempt(progress, attempt=report.attempt)
@@ -186,6 +191,25 @@ def _eta_seconds(progress: Progress, *, step: int, now: datetime) -> int | None:
     if done <= 0 or elapsed <= 0:
         return None
     return round(elapsed / done * (progress.max_steps - step))
+
+
+def _duration_text(seconds: int | None) -> str | None:
+    """Return a duration with two units at most, as kubectl writes an age: 45s, 3m20s, 2h5m, 4d3h."""
+    if seconds is None:
+        return None
+    for unit, smaller, size, inner in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
+        if seconds >= size:
+            rest = seconds % size // inner
+            return f"{seconds // size}{unit}" + (f"{rest}{smaller}" if rest else "")
+    return f"{seconds}s"
+
+
+def _metric_text(metrics: list[Metric] | None) -> str | None:
+    loss = next((metric.value for metric in metrics or () if metric.name == "loss"), None)
+    try:
+        return f"{float(loss):.4g}" if loss is not None else None
+    except ValueError:
+        return loss
 
 
 # --- Facts -----------------------------------------------------------------------------------------------------------

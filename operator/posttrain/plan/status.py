@@ -26,6 +26,7 @@ _BRIEF_LENGTH = 240
 _QUOTA_EVENTS = frozenset(
     {"QuotaReserved", "Preempted", "QuotaLost", "QueueUnavailable", "WorkloadDeactivated", "KueueMissing"}
 )
+_GANG_EVENTS = frozenset({"AllPodsRunning", "NodeUnreachable"})
 _DIGEST = re.compile(r"(?:[a-z-]+://)?(?P<image>[^@\s]+@sha256:[0-9a-f]{64})")
 
 
@@ -200,8 +201,8 @@ def derive_events(before: TrainingRunStatus, after: TrainingRunStatus) -> tuple[
     if quota is not None and quota.reason in _QUOTA_EVENTS:
         events.append(_event(quota, good=quota.status == "True"))
     pods_ready = _news(before, after, conditions.PODS_READY)
-    if pods_ready is not None and pods_ready.status == "True":
-        events.append(_event(pods_ready, good=True))
+    if pods_ready is not None and pods_ready.reason in _GANG_EVENTS:
+        events.append(_event(pods_ready, good=pods_ready.status == "True"))
     succeeded = _news(before, after, conditions.SUCCEEDED)
     if succeeded is not None and (after.completion_time is not None or succeeded.reason != "InProgress"):
         told_already = accepted is not None and accepted.reason == succeeded.reason

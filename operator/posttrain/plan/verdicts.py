@@ -18,7 +18,7 @@ from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_de
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
 from posttrain.plan.objects import code_hash
-from posttrain.plan.pods import explain_waiting
+from posttrain.plan.pods import explain_running, explain_waiting
 from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
@@ -65,6 +65,7 @@ def pin_spec(situation: Situation) -> ProvenanceStatus:
         update={
             "config_hash": situation.config_hash,
             "code_hash": code_hash(situation.code) if situation.code is not None else None,
+            "model_source": situation.model_source if situation.run.spec.model.run_ref is not None else None,
             "seed": seed if isinstance(seed, int) else None,
         }
     )
@@ -102,7 +103,7 @@ def go_on(
     """Return the verdict on an attempt that has not ended; `waits` says why it cannot begin, where its pods do not."""
     gang, progress = situation.gang, situation.attempt_progress
     failure = situation.status.failure
-    pods_ready = Says("True", "AllPodsRunning") if gang.runs else waits or explain_gang(situation)
+    pods_ready = explain_running(gang) if gang.runs else waits or explain_gang(situation)
     stage: Stage = "Starting"
     told = pods_ready.message or (REASONS[pods_ready.reason].message if not gang.runs else "")
     if situation.status.attempt_running_time is not None:

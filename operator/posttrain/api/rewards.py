@@ -98,8 +98,8 @@ REWARDS: Mapping[str, RewardInfo] = {
         ),
         RewardInfo(
             name="tag_count",
-            description="A quarter for each of the four tags `<think>`, `</think>`, `<answer>` and `</answer>` that stands "
-            "exactly once, with its line breaks.",
+            description="A quarter for each of the four tags `<think>`, `</think>`, `<answer>` and `</answer>` that "
+            "stands exactly once, with its line breaks.",
         ),
         RewardInfo(
             name="reasoning_steps",

@@ -240,14 +240,14 @@ def make_completion(problem: Problem, draw: random.Random) -> str:
     kind = draw.random()
     if kind > 0.97:
         return make_reasoning(draw)
-    wrong = f"{problem.right} + {usual_error}" if kind < 0.8 else f"{draw.randint(1, 20)}"
+    wrong = f"{problem.right} + {usual_error}" if kind < 0.9 else f"{draw.randint(1, 20)}"
     answer = problem.right if kind < 0.5 else wrong
     ends = (
         f"The final answer is $\\boxed{{{answer}}}$.",
         f"\\[\n\\boxed{{{answer}}}\n\\]",
         f"**\\boxed{{{answer}}}**",
     )
-    return f"{make_reasoning(draw)}\n</think>\n\n{draw.choices(ends, weights=(8, 1, 1))[0]}"
+    return f"{make_reasoning(draw)}\n</think>\n\n{draw.choices(ends, weights=(18, 1, 1))[0]}"
 
 
 def make_reasoning(draw: random.Random) -> str:

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ PATHOLOGICAL = (r"9^{9^{9}}", r"(10^{8})!", r"\sum_{k=1}^{10^9} \frac{1}{k^2}", 
 HOLDER = """
 import sys
 from posttrain_workloads.rewards.grading import GradingPool
-pool = GradingPool(2)
-pool.grade("accuracy", ["1", "2"], [r"\\boxed{1}", r"\\boxed{2}"])
+pool = GradingPool(1, cpu_seconds=60.0)
+pool.grade("accuracy", ["1"], [r"\\boxed{1}"])
 print("ready", flush=True)
-pool.grade("accuracy", ["1", "2"], [r"\\boxed{9^{9^{9}}}"] * 2)
+pool.grade("accuracy", ["1"], [r"\\boxed{9^{9^{9}}}"])
 sys.stdin.read()
 """
 
@@ -116,9 +117,9 @@ def killed_holder() -> list[int]:
     process = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdin is not None
     assert process.stdout.readline() == b"ready\n"
-    workers = workers_below(process.pid)
-    assert len(workers) == 2
-    processes = {pid for pair in workers for pid in pair}
+    [processes] = workers_below(process.pid)
+    used = cpu_ticks(processes[0])
+    wait(lambda: cpu_ticks(processes[0]) > used + 20)  # it is at the answer that never ends
     process.kill()
     process.wait()
     process.stdin.close()
@@ -145,14 +146,14 @@ def forked() -> int:
 def closed() -> list[Any]:
     """Which processes are left of a pool that is closed, and what it then says."""
     others = workers_below(os.getpid())
-    pool = GradingPool(2)
-    pool.grade("accuracy", ["1", "2"], [r"\boxed{1}", r"\boxed{2}"])
-    processes = {pid for pair in workers_below(os.getpid()) - others for pid in pair}
+    pool = GradingPool(1)
+    pool.grade("accuracy", ["1"], [r"\boxed{1}"])
+    [processes] = workers_below(os.getpid()) - others
     pool.close()
     try:
         pool.grade("accuracy", ["3"], [r"\boxed{1}"])
     except RuntimeError as error:
-        return [len(processes), [pid for pid in processes if lives(pid)], str(error)]
+        return [[pid for pid in processes if lives(pid)], str(error)]
     return []
 
 
@@ -199,8 +200,11 @@ def workers_below(pid: int) -> set[tuple[int, int]]:
 
 
 def children(pid: int) -> list[int]:
-    listed = [Path(f"/proc/{pid}/task/{thread.name}/children") for thread in Path(f"/proc/{pid}/task").iterdir()]
-    return [int(child) for file in listed for child in file.read_text().split()]
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def lives(pid: int) -> bool:

@@ -23,7 +23,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -145,13 +144,15 @@ class _Server:
             command = [sys.executable, "-P", str(_GRADER)]
             self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
 
-    def lives(self) -> bool:
-        return self._process.poll() is None
-
-    def start_worker(self) -> _Channel:
+    def start_worker(self) -> _Channel | None:
+        """Return a new worker, None if the server has ended."""
         ours, theirs = socket.socketpair()
-        with theirs, suppress(OSError):  # a server that has just ended is seen by the end of the channel
-            socket.send_fds(self._control, [b"w"], [theirs.fileno()])
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b"w"], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                return None
         return _Channel(ours)
 
     def close(self) -> None:
@@ -277,11 +278,21 @@ class GradingPool:
             with self._lock:
                 if self._closed:
                     raise RuntimeError(_CLOSED)
-                if self._server is None or not self._server.lives():
-                    self._server = _Server()
-                self._own.channel = self._server.start_worker()
+                self._own.channel = self._start_worker()
                 self._channels.add(self._own.channel)
         return self._own.channel
+
+    def _start_worker(self) -> _Channel:
+        if self._server is not None:
+            channel = self._server.start_worker()
+            if channel is not None:
+                return channel
+            self._server.close()
+        self._server = _Server()
+        channel = self._server.start_worker()
+        if channel is None:
+            raise RuntimeError("the process that starts the graders ended at once: the log has what it said")
+        return channel
 
 
 def _share_out(keys: Sequence[_Key], *, workers: int) -> list[_Share]:

@@ -253,8 +253,10 @@ REWARDS: Mapping[str, RewardInfo] = {
             name="ioi_code",
             description="The score of the C++ program in the completion on a subtask of the International Olympiad in "
             "Informatics: the lowest over its tests.",
-            columns=("id", "test_names", "grader_files", "time_limit", "memory_limit", "score_precision"),
-            optional_columns=("year", "test_cases"),
+            columns=(
+                *("id", "test_names", "test_cases", "grader_files", "time_limit", "memory_limit"),
+                "score_precision",
+            ),
             params=(_TEST_BATCH_SIZE,),
             needs_sandbox=True,
             differences=(
@@ -267,7 +269,10 @@ REWARDS: Mapping[str, RewardInfo] = {
             description="The score of the program in the completion on the tests of a Codeforces problem; -1 without "
             "a program, -0.1 where it does not compile.",
             columns=("language", "official_tests", "time_limit", "memory_limit", "input_mode"),
-            optional_columns=("contest_id", "generated_checker", "generated_tests"),
+            optional_columns=(
+                *("id", "contest_id", "generated_checker", "generated_tests"),
+                "official_tests_complete",
+            ),
             params=(
                 _TEST_BATCH_SIZE,
                 RewardParam(

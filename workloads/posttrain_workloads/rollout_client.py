@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Thread
@@ -66,11 +67,11 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
         self.group_port = group_port
         self.communicator: Any = None
         self.version: str | None = None
-        """The version of the weights that every server has acknowledged; None before the first hand-over."""
+        """Of the weights that every server has acknowledged; None before the first hand-over, -incomplete in one."""
         self.origins: tuple[Origin, ...] = ()
         """Of the completions that `generate` returned last, in their order."""
         self._ready_seconds = connection_timeout
-        self._updating_weights = False  # the inherited `weight_update` sets it
+        self._updating_weights = False
         self._trainer = uuid.uuid4().hex[:8]
         self._hand_overs = 0
         self._await_ready()
@@ -170,6 +171,17 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
         self._open_group()
         atexit.register(self.close_communicator)
 
+    @contextmanager
+    def weight_update(self) -> Iterator[None]:
+        """Make one hand-over of all tensors of the block; of none, where it raises."""
+        self._start_weight_update()
+        self._updating_weights = True
+        try:
+            yield
+        finally:
+            self._updating_weights = False
+        self._finish_weight_update()
+
     def update_named_params(
         self,
         metadata: list[tuple[str, str, list[int]]],
@@ -213,16 +225,20 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
         if self.version is not None and set(self._each(RolloutServer.weight_version)) != {self.version}:
             _log.warning("a rollout server was restarted: the group for weights is opened anew")
             self._open_group()
+        self.version = f"{self._next_version()}-incomplete"  # which no server has: nothing is sampled from a half
         self._ask_each("/start_weight_update", {})
 
     def _finish_weight_update(self) -> None:
-        self._hand_overs += 1
-        version = f"{self._trainer}-{self._hand_overs}"
+        version = self._next_version()
         self._ask_each("/finish_weight_update", {"weight_version": version})
         for server, has in zip(self.servers, self._each(RolloutServer.weight_version), strict=True):
             if has != version:
                 raise ServerLost(f"the rollout server {server.base_url} acknowledged {version} and then has {has}")
         self.version = version
+        self._hand_overs += 1
+
+    def _next_version(self) -> str:
+        return f"{self._trainer}-{self._hand_overs + 1}"
 
     def _open_group(self) -> None:
         self.close_communicator()

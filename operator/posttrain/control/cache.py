@@ -3,7 +3,8 @@
 It owns the newest known state of each object and who is told of a change; it must not ask the cluster for anything, nor
 change an object.
 
-An object is kept as compressed JSON: a pod has ten kilobytes of it, and finished runs are many and seldom looked at.
+An object is kept as compressed JSON, and without what no plan reads: a pod has ten kilobytes of it, and finished runs
+are many and seldom looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import orjson
 
 from posttrain.control.kinds import POD, TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
-from posttrain.control.wakes import fingerprint
+from posttrain.control.wakes import PROMPT_SECONDS, fingerprint, patience_seconds
 from posttrain.plan import labels
 from posttrain.plan.manifests import is_being_deleted, pod_condition
 from posttrain.plan.types import Manifest
@@ -43,12 +44,15 @@ class _Entry:
 class Cache:
     """The objects by key, and those of a run by its label."""
 
-    def __init__(self, *, on_change: Callable[[RunKey], None]) -> None:
+    def __init__(self, *, on_change: Callable[[RunKey, float], None]) -> None:
+        """`on_change` is given the run, and for how many seconds others of its changes may be waited for."""
         self._on_change = on_change
         self._entries: dict[Kind, dict[tuple[str, str], _Entry]] = {}
         self._of_run: dict[RunKey, set[ObjectKey]] = {}
         self._run_of: dict[ObjectKey, RunKey] = {}
         self._departed: dict[RunKey, deque[bytes]] = {}
+        self._refers_to: dict[RunKey, RunKey] = {}
+        self._referrers: dict[RunKey, set[RunKey]] = {}
         self._gone: OrderedDict[str, float] = OrderedDict()
         """By uid: the version at which an object was gone, infinite where it can never come back."""
         self._listed: set[Kind] = set()
@@ -73,6 +77,10 @@ class Cache:
     def departed(self, run: RunKey) -> list[Manifest]:
         """Return the last states of pods that were taken or deleted: they say so, and go at the same moment."""
         return [_unpack(packed) for packed in self._departed.get(run, ())]
+
+    def referrers(self, run: RunKey) -> list[RunKey]:
+        """Return the runs whose spec refers to a run, which need not exist."""
+        return sorted(self._referrers.get(run, ()))
 
     def runs(self) -> list[RunKey]:
         """Return the key of every run."""
@@ -112,11 +120,14 @@ class Cache:
             return
         wakes = fingerprint(manifest)
         self._entries[kind][key.namespace, key.name] = _Entry(uid, version, wakes, _pack(manifest))
-        if kind != TRAINING_RUN:
+        if kind == TRAINING_RUN:
+            self._note_reference(run, manifest)
+            self._tell_referrers(run)
+        else:
             self._run_of[key] = run
             self._of_run.setdefault(run, set()).add(key)
         if not own and (known is None or (known.uid, known.wakes) != (uid, wakes)):
-            self._on_change(run)
+            self._on_change(run, patience_seconds(manifest))
 
     def drop(self, manifest: Manifest) -> None:
         """Take an object as gone, given its last state: deleted, or without the label that the watch selects by."""
@@ -178,6 +189,8 @@ class Cache:
         if (key.api_version, key.kind) == TRAINING_RUN:
             run = (key.namespace, key.name)
             self._departed.pop(run, None)
+            self._note_reference(run, None)
+            self._tell_referrers(run)
         if run is None:
             return
         owned = self._of_run.get(run)
@@ -185,7 +198,24 @@ class Cache:
             owned.discard(key)
             if not owned:
                 del self._of_run[run]
-        self._on_change(run)
+        self._on_change(run, PROMPT_SECONDS)
+
+    def _note_reference(self, run: RunKey, manifest: Manifest | None) -> None:
+        known = self._refers_to.pop(run, None)
+        if known is not None:
+            self._referrers[known].discard(run)
+            if not self._referrers[known]:
+                del self._referrers[known]
+        reference = (((manifest or {}).get("spec") or {}).get("model") or {}).get("runRef")
+        if reference is not None:
+            refers_to = (run[0], str(reference.get("name")))
+            self._refers_to[run] = refers_to
+            self._referrers.setdefault(refers_to, set()).add(run)
+
+    def _tell_referrers(self, run: RunKey) -> None:
+        """Whoever writes it: what was no news for the run itself is what others wait for."""
+        for referrer in self._referrers.get(run, ()):
+            self._on_change(referrer, PROMPT_SECONDS)
 
 
 def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:
@@ -206,7 +236,12 @@ def _attempt_of(pod: Manifest) -> str | None:
 
 
 def _pack(manifest: Manifest) -> bytes:
-    return zlib.compress(orjson.dumps(manifest), level=1)
+    metadata = {name: value for name, value in manifest["metadata"].items() if name != "managedFields"}
+    kept = {**manifest, "metadata": metadata}
+    if (manifest["apiVersion"], manifest["kind"]) == POD and "spec" in manifest:
+        # What a pod is to run is its job's business; where it runs, and how it is, are its own.
+        kept["spec"] = {name: value for name, value in manifest["spec"].items() if name == "nodeName"}
+    return zlib.compress(orjson.dumps(kept), level=1)
 
 
 def _unpack(packed: bytes) -> Manifest:

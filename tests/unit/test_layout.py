@@ -91,4 +91,9 @@ def test_the_wheel_holds_both_packages_and_the_images_locks(tmp_path: Path) -> N
     images = files_in(ROOT / "images", named="posttrain/_images")
     what_makes_the_locks = {f"posttrain/_images/vllm/{name}" for name in ("pyproject.toml", "uv.lock")}
     assert held == set().union(*packages, images - what_makes_the_locks)
-    assert scripts == "[console_scripts]\nposttrain = posttrain.cli:main\n"
+    assert scripts.splitlines() == [
+        *("[console_scripts]", "posttrain = posttrain.cli:main", ""),
+        "[vllm.general_plugins]",
+        "posttrain_gloo = posttrain_workloads.rollout_plugin:register_gloo",
+        "posttrain_plain_weights = posttrain_workloads.rollout_plugin:keep_plain_weights",
+    ]

@@ -26,8 +26,8 @@ def trainer_python() -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
-    """The interpreter of vLLM's environment, which is made on first use (minutes)."""
-    return ensure_environment("vllm", cache=CACHE, report=lambda line: print(line, file=sys.stderr))
+    """The interpreter of vLLM's environment for CPUs, also where there are GPUs; made on first use (minutes)."""
+    return ensure_environment("vllm", cache=CACHE, report=lambda line: print(line, file=sys.stderr), nvidia=False)
 
 
 def ensure_quickstart_inputs() -> Path:

@@ -6,7 +6,9 @@ It owns every use of a library's private names; it must not hold anything that a
 from __future__ import annotations
 
 import json
+import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,54 @@ def hub_transport_error() -> type[Exception]:
 
         error = httpx2.TransportError
     return error
+
+
+def keep_plain_weights() -> None:
+    """Let vLLM's linear layers on CPUs compute with their parameters, not with packed copies of them.
+
+    vLLM 0.31 packs each weight when a model is loaded (model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm)
+    and computes with the copy from then on: weights that are handed over later have no effect, and nothing is raised.
+    Its callers import the function by name when they call it. Goes when a reload packs anew.
+    """
+    import torch
+    import vllm.model_executor.layers.utils as layers
+
+    packing = layers.dispatch_cpu_unquantized_gemm
+
+    def plain(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.ndim == 2:
+            layer.cpu_linear = torch.nn.functional.linear
+        else:  # a convolution's, which its kernel wants packed
+            packing(layer, remove_weight)
+
+    layers.dispatch_cpu_unquantized_gemm = plain
+
+
+def use_rollout_client() -> None:
+    """Let TRL's trainers speak with their vLLM servers through our client.
+
+    TRL 1.16 names its own class in VLLMGeneration._init_vllm (generation/vllm_generation.py:302) and knows one server.
+    Goes when a trainer takes a client.
+    """
+    import trl.generation.vllm_generation as generation
+
+    from posttrain_workloads.rollout_client import RolloutClient
+
+    generation.VLLMClient = RolloutClient
+
+
+def use_colocated_engine(*, dtype: str, eager: bool) -> None:
+    """Let TRL's trainers make the engine inside them in this dtype, the trained model's, and compiled or not.
+
+    TRL 1.16 passes no dtype (generation/vllm_generation.py:347), and vLLM makes bfloat16 of a model in float32. Without
+    multiprocessing the engine is in the rank itself, where TRL looks for its weights. Goes when TRL passes its
+    model_init_kwargs on.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import trl.generation.vllm_generation as generation
+    from vllm import LLM
+
+    generation.LLM = partial(LLM, dtype=dtype, enforce_eager=eager)
 
 
 def _file(folder: Path, rank: int) -> Path:

@@ -73,15 +73,19 @@ def ensure_environment(
     cache: Path,
     report: Callable[[str], None],
     images: Path | None = None,
+    nvidia: bool | None = None,
 ) -> Path:
     """Return the interpreter of an image's environment, which is made first if need be; `report` gets lines on the way.
 
-    `images` is the folder that holds a folder an image. Two processes may ask at once: one makes it, the other waits.
+    `images` is the folder that holds a folder an image; `nvidia` chooses the variant for machines with NVIDIA's driver
+    or the one for those without, in place of what this machine has. Two processes may ask at once: one makes it, the
+    other waits.
 
     Raises:
         UserError: there is no such image, no uv, or uv could not install what the lock names.
     """
-    lock = find_lock(name, images=images or images_root(), nvidia=has_nvidia_driver())
+    has_driver = has_nvidia_driver() if nvidia is None else nvidia
+    lock = find_lock(name, images=images or images_root(), nvidia=has_driver)
     folder = lock.folder(cache)
     interpreter = folder / "bin" / "python"
     if (folder / COMPLETE_MARKER).exists():
@@ -126,7 +130,7 @@ def _make(folder: Path, *, lock: Lock, report: Callable[[str], None]) -> None:
         shutil.rmtree(folder)
     report(f"making the environment {folder.name}")
     if lock.metadata is not None:
-        report("it is the variant for CPUs: nvidia-smi is not on PATH, or finds no GPU")
+        report("it is the variant for machines where nvidia-smi finds no GPU")
     # The interpreter is this process's: what the lock's markers and wheels were chosen for.
     _run_uv([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, str(folder)], report=report)
     install = (uv, "pip", "install", "--python", str(folder / "bin" / "python"), "--no-deps")

@@ -8,7 +8,6 @@ The TTL of a run is not applied: what lies on a person's own disk goes when they
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +20,12 @@ from posttrain.api.conditions import ACCEPTED, FINISHED, STALLED, SUCCEEDED, fin
 from posttrain.api.training_run import TrainingRun
 from posttrain.api.training_run_status import TrainingRunStatus
 from posttrain.contract.result import ExitCode
-from posttrain.errors import UserError
 from posttrain.local.cluster import LocalCluster
 from posttrain.local.environments import ensure_environment
 from posttrain.local.interrupts import Interrupts
 from posttrain.local.leftovers import end_leftovers
 from posttrain.local.machine import Machine, observe_machine
+from posttrain.local.packages import link_packages, point
 from posttrain.local.pod_process import Site
 from posttrain.local.references import observe_referenced
 from posttrain.local.request import Options, Request, load_requests
@@ -42,7 +41,6 @@ from posttrain.settings import Settings
 
 EXIT_INTERRUPTED = 130
 _IMAGE = "trainer"
-_PACKAGES = ("posttrain", "posttrain_workloads")
 _LONGEST_WAIT_SECONDS = 60.0
 _KILL_SECONDS = 15.0
 
@@ -187,21 +185,10 @@ def _site(request: Request, *, folder: RunFolder, machine: Machine, interpreter:
 
 def _link(folder: RunFolder, *, run: TrainingRun, claims: Mapping[str, Path]) -> None:
     """Make the links in the run's folder: to the packages that its processes import, and to what it writes."""
-    folder.packages.mkdir(exist_ok=True)
-    for package in _PACKAGES:
-        # The folder that holds them may hold this interpreter's other packages too, which are not the environment's.
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"the package {package} is not installed beside posttrain: install posttrain again")
-        _point(folder.packages / package, Path(spec.submodule_search_locations[0]))
+    link_packages(folder.packages)
     name = run.metadata.name
     claim = run.spec.checkpoints.storage.claim_name or claim_name(name)
-    _point(folder.storage, claims.get(claim, folder.volumes / claim) / name)
-
-
-def _point(link: Path, target: Path) -> None:
-    link.unlink(missing_ok=True)
-    link.symlink_to(target)
+    point(folder.storage, claims.get(claim, folder.volumes / claim) / name)
 
 
 class Execution:

@@ -1,0 +1,246 @@
+"""Hand weights over to vLLM, in one process of vLLM's environment, and write down what it answers with them.
+
+    python rollout_cases.py CASES.json OUT.json
+
+CASES is `{verb: {...}}`, verbs being keys of RUN, run in their order; OUT maps each to what was found. One process,
+because importing TRL and vLLM is slow.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPTS = [[5, 6, 7, 8], [100, 200, 300], [11, 12, 13, 14, 15], [400, 401], [900]]
+TOKENS = 12
+GREEDY = {"temperature": 0.0, "max_tokens": TOKENS, "generation_kwargs": {"ignore_eos": True}}
+
+
+def main() -> None:
+    cases, out = (Path(argument) for argument in sys.argv[1:])
+    answers = {}
+    for verb, case in json.loads(cases.read_text()).items():
+        started = time.monotonic()
+        answers[verb] = RUN[verb](**case)
+        print(f"{verb}: {time.monotonic() - started:.1f} s", flush=True)
+        out.write_text(json.dumps(answers))
+
+
+def hand_over(*, model: str, servers: list[str], port: int, times: int) -> list[dict[str, Any]]:
+    """Change the model, and hand it over, `times` times; tell of every server whether it answers as the model does."""
+    from posttrain_workloads.rollout_client import RolloutClient
+
+    trained = load(model)
+    client = RolloutClient(",".join(servers), group_port=port, connection_timeout=5)
+    client.init_communicator("cpu")
+    rounds = []
+    for seed in range(times):
+        change(trained, seed=seed)
+        wanted = greedy(trained)
+        before = equal(client, wanted)
+        client.update_model_params(trained)
+        client.reset_prefix_cache()
+        rounds.append({"before": before, "after": equal(client, wanted), "version": client.version})
+    client.close_communicator()
+    return rounds
+
+
+def spread(*, model: str, servers: list[str], port: int) -> dict[str, Any]:
+    """Ask for two completions of each prompt after a hand-over."""
+    from posttrain_workloads.rollout_client import RolloutClient
+
+    trained = load(model)
+    change(trained, seed=7)
+    client = RolloutClient(",".join(servers), group_port=port, connection_timeout=5)
+    client.init_communicator("cpu")
+    with client.weight_update():
+        for name, weight in trained.named_parameters():
+            client.update_named_param(name, weight.data)
+    client.reset_prefix_cache()
+    output = client.generate(PROMPTS, n=2, **GREEDY | {"temperature": 1.0, "top_k": 1})  # vLLM refuses greedy with n=2
+    client.close_communicator()
+    wanted = [tokens for tokens in greedy(trained) for _ in range(2)]
+    return {
+        "prompts": output["prompt_ids"] == PROMPTS,
+        "completions": output["completion_ids"] == wanted,
+        "logprobs": [len(values) for values in output["logprobs"]],
+        "servers": [origin.server for origin in client.origins],
+        "versions": sorted({origin.weights == client.version for origin in client.origins}),
+    }
+
+
+def train(
+    *, model: str, mode: str, folder: str, servers: list[str] | None = None, port: int = 0, drop: str = ""
+) -> Any:
+    """Train three steps with GRPO as TRL does it; `drop` is a file that is made after the first step."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from posttrain_workloads import _compat
+    from posttrain_workloads.rollout_check import METRIC, RolloutCheck, StaleRolloutWeights, bound_for
+
+    class Drop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if drop:
+                Path(drop).touch()
+
+    if mode == "server":
+        _compat.use_rollout_client()
+    else:
+        _compat.use_colocated_engine(dtype="float32", eager=True)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completion_ids, **_: [float(sum(token % 2 for token in ids)) for ids in completion_ids],
+        train_dataset=Dataset.from_dict({"prompt": [f"{a} plus {a + 1} is" for a in range(32)]}),
+        callbacks=[RolloutCheck(bound_for("float32")), Drop()],
+        args=GRPOConfig(
+            output_dir=folder,
+            max_steps=3,
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=TOKENS,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            bf16=False,
+            use_cpu=True,
+            model_init_kwargs={"dtype": "float32"},
+            use_vllm=True,
+            vllm_mode=mode,
+            vllm_server_base_url=",".join(servers or []) or None,
+            vllm_group_port=port,
+            vllm_max_model_length=256,
+        ),
+    )
+    stopped = None
+    try:
+        trainer.train()
+    except StaleRolloutWeights as error:
+        stopped = str(error)
+    rollout = trainer.vllm_generation
+    differences = [line[METRIC] for line in trainer.state.log_history if METRIC in line]
+    answer = {"stopped": stopped, "differences": differences}
+    if stopped is None:
+        wanted = greedy(trainer.model)
+        before = equal(rollout.vllm_client, wanted) if mode == "server" else [colocated(rollout.llm) == wanted]
+        rollout.sync_weights()
+        after = equal(rollout.vllm_client, wanted) if mode == "server" else [colocated(rollout.llm) == wanted]
+        answer |= {"before": before, "after": after}
+    if mode == "server":
+        rollout.vllm_client.close_communicator()
+    return answer
+
+
+def rejoin(*, model: str, servers: list[str], port: int, pid: int) -> dict[str, Any]:
+    """Kill the last server after a hand-over, ask for completions, and hand over anew: somebody starts it again."""
+    import os
+    import signal
+
+    from posttrain_workloads.rollout_client import RolloutClient
+
+    trained = load(model)
+    client = RolloutClient(",".join(servers), group_port=port, connection_timeout=400)
+    client.init_communicator("cpu")
+    client.update_model_params(trained)
+    os.killpg(pid, signal.SIGKILL)
+    output = client.generate(PROMPTS, **GREEDY)
+    answer = {
+        "completions": output["completion_ids"] == greedy(trained),
+        "servers": sorted({origin.server for origin in client.origins}),
+    }
+    change(trained, seed=3)
+    client.update_model_params(trained)
+    client.reset_prefix_cache()
+    answer["after"] = equal(client, greedy(trained))
+    client.close_communicator()
+    return answer
+
+
+def refuse(*, servers: list[str]) -> dict[str, str]:
+    """Tell what is said to a server that is not there, and to a list that names one twice."""
+    from posttrain_workloads.rollout_client import RolloutClient
+    from posttrain_workloads.rollout_server import RolloutError
+
+    told = {}
+    for name, urls in {"closed": "http://127.0.0.1:9", "twice": f"{servers[0]},{servers[0]}/"}.items():
+        try:
+            RolloutClient(urls, connection_timeout=1)
+        except RolloutError as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    try:
+        RolloutClient(servers[0]).init_communicator("cuda")
+    except RolloutError as error:
+        told["backend"] = str(error)
+    return told
+
+
+# --- Parts -----------------------------------------------------------------------------------------------------------
+
+
+def load(model: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+
+
+def change(model: Any, *, seed: int) -> None:
+    """Change every weight so much that greedy tokens change."""
+    import torch
+
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.02)
+
+
+def greedy(model: Any) -> list[list[int]]:
+    """Return the likeliest tokens after each prompt, by transformers."""
+    import torch
+
+    completions = []
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            ids = list(prompt)
+            for _ in range(TOKENS):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            completions.append(ids[len(prompt) :])
+    return completions
+
+
+def equal(client: Any, wanted: list[list[int]]) -> list[bool]:
+    """Return of each server whether it answers with the wanted tokens."""
+    return [server.generate(PROMPTS, **GREEDY)["completion_ids"] == wanted for server in client.servers]
+
+
+def colocated(engine: Any) -> list[list[int]]:
+    """Return the likeliest tokens after each prompt, by an engine in this process."""
+    from vllm import SamplingParams
+
+    outputs = engine.generate(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        sampling_params=SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True),
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+RUN = {
+    "packed": hand_over,
+    "rejoin": rejoin,
+    "hand_over": hand_over,
+    "spread": spread,
+    "refuse": refuse,
+    "train": train,
+    "train_dropped": train,
+    "colocate": train,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""After each hand-over every vLLM server computes with the trainer's weights, and a server that does not is noticed.
+
+One process of vLLM's environment runs all cases against two real servers, which are started once and together. The
+second one is first of all the negative control: its linear layers compute with packed copies, as vLLM has it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import wait_for
+from tests.workloads._configs import free_port
+from tests.workloads._rollout import CASES, Server, add_dropping_plugin, environment, start
+
+pytestmark = [pytest.mark.workloads, pytest.mark.rollouts, pytest.mark.timeout(2400)]
+
+START_SECONDS = 900.0
+CASES_SECONDS = 900.0
+_PLAIN = "posttrain_plain_weights"
+
+
+class Process:
+    """A process of vLLM's environment that runs cases."""
+
+    def __init__(self, python: Path, folder: Path, cases: dict[str, Any]) -> None:
+        folder.mkdir()
+        self._out, self._log = folder / "out.json", folder / "cases.log"
+        (folder / "cases.json").write_text(json.dumps(cases))
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [python, CASES, folder / "cases.json", self._out],
+                env=environment(folder),
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def answers(self) -> dict[str, Any]:
+        """Wait for its end; return what every case found."""
+        wait_for(self.has_ended, what=str(self._log), seconds=CASES_SECONDS)
+        assert self._process.returncode == 0, self._log.read_text()[-5000:]
+        print(*[line for line in self._log.read_text().splitlines() if line.endswith(" s")], sep="\n")
+        return json.loads(self._out.read_text())
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def colocated(vllm_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A training with the engine inside it, which runs beside the other cases."""
+    folder = tmp_path_factory.mktemp("colocated") / "process"
+    case = {"model": str(tiny_model), "mode": "colocate", "folder": str(folder / "training")}
+    process = Process(vllm_python, folder, {"colocate": case})
+    yield process
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def found(
+    vllm_python: Path, tiny_model: Path, colocated: Process, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
+    """What every case found, by its name, and the servers' URLs."""
+    folder = tmp_path_factory.mktemp("rollout")
+    drop = folder / "drop"
+    with ExitStack() as ending:
+
+        def serve(name: str, *, port: int, **variables: str) -> Server:
+            server = start(vllm_python, tiny_model, folder / name, port=port, variables=variables)
+            ending.callback(server.kill)
+            return server
+
+        began = time.monotonic()
+        first = serve("first", port=free_port())
+        packed = serve("packed", port=free_port(), VLLM_PLUGINS="posttrain_gloo")
+        for server in (first, packed):
+            wait_for(server.is_ready, what=str(server.log), seconds=START_SECONDS)
+        print(f"two servers: {time.monotonic() - began:.0f} s to their start")
+
+        servers = [first.url, packed.url]
+        common = {"model": str(tiny_model), "servers": servers}
+        training = {**common, "mode": "server", "folder": str(folder / "training")}
+        cases = Process(
+            vllm_python,
+            folder / "cases",
+            {
+                "packed": {**common, "port": free_port(), "times": 1},
+                "rejoin": {**common, "port": free_port(), "pid": packed.process.pid},
+                "hand_over": {**common, "port": free_port(), "times": 2},
+                "spread": {**common, "port": free_port()},
+                "refuse": {"servers": servers},
+                "train": {**training, "port": free_port()},
+                "train_dropped": {**training, "port": free_port(), "drop": str(drop)},
+            },
+        )
+        ending.callback(cases.kill)
+        wait_for(
+            lambda: packed.process.poll() is not None or cases.has_ended(),
+            what="the case that kills the second server",
+            seconds=CASES_SECONDS,
+        )
+        if not cases.has_ended():
+            add_dropping_plugin(folder / "second")
+            port = int(packed.url.rpartition(":")[2])
+            serve("second", port=port, VLLM_PLUGINS=f"dropping,{_PLAIN}", DROP_WHILE=str(drop))
+        yield {**cases.answers(), "servers": servers}
+
+
+def test_every_server_answers_as_the_model_does_after_each_hand_over(found: dict[str, Any]) -> None:
+    rounds = found["hand_over"]
+
+    assert [(r["before"], r["after"]) for r in rounds] == [([False, False], [True, True])] * 2
+    versions = [r["version"].partition("-") for r in rounds]
+    assert [number for _, _, number in versions] == ["1", "2"]
+    assert len({trainer for trainer, _, _ in versions}) == 1
+
+
+def test_a_server_that_computes_with_packed_copies_does_not_and_nothing_is_raised(found: dict[str, Any]) -> None:
+    assert found["packed"][0]["after"] == [True, False]
+
+
+def test_prompts_are_spread_over_the_servers_and_each_completion_knows_server_and_version(
+    found: dict[str, Any],
+) -> None:
+    first, second = found["servers"]
+
+    assert found["spread"] == {
+        "prompts": True,
+        "completions": True,
+        "logprobs": [12] * 10,
+        "servers": [url for url in (first, second, first, second, first) for _ in range(2)],
+        "versions": [True],
+    }
+
+
+def test_grpo_trains_with_two_servers_whose_log_probabilities_are_its_own(found: dict[str, Any]) -> None:
+    trained = found["train"]
+
+    assert trained["stopped"] is None
+    assert len(trained["differences"]) == 3
+    assert max(trained["differences"]) < 1e-5
+    assert (trained["before"], trained["after"]) == ([False, False], [True, True])
+
+
+def test_a_server_that_acknowledges_weights_and_drops_them_stops_the_training(found: dict[str, Any]) -> None:
+    trained = found["train_dropped"]
+
+    assert trained["stopped"].startswith("at step 2 the log-probabilities of the completions differ by ")
+    assert "rounding explains 0.0001" in trained["stopped"]
+    assert [difference < 1e-4 for difference in trained["differences"]] == [True, False]
+
+
+def test_a_server_that_died_gets_no_prompts_and_joins_again_when_it_was_restarted(found: dict[str, Any]) -> None:
+    first, _ = found["servers"]
+
+    assert found["rejoin"] == {"completions": True, "servers": [first], "after": [True, True]}
+
+
+def test_an_error_names_the_server_and_its_likely_cause(found: dict[str, Any]) -> None:
+    first, _ = found["servers"]
+    told = found["refuse"]
+
+    assert told["closed"].startswith(
+        "ServerLost: the rollout server http://127.0.0.1:9 cannot be reached (GET /health): it has ended, or has not "
+    )
+    assert told["twice"] == (f"RolloutError: a rollout server is named twice in {first},{first}/: name each once")
+    assert told["backend"] == (
+        f"the rollout server {first} takes weights by gloo, and the trainer on cuda sends them by nccl: start it with "
+        """--weight-transfer-config '{"backend": "nccl"}'"""
+    )
+
+
+def test_grpo_trains_with_the_engine_inside_it(found: dict[str, Any], colocated: Process) -> None:
+    trained = colocated.answers()["colocate"]
+
+    assert trained["stopped"] is None
+    assert max(trained["differences"]) < 1e-5
+    assert (trained["before"], trained["after"]) == ([False], [True])

@@ -1,0 +1,128 @@
+"""One rollout server as the trainer's rank 0 sees it: HTTP with time limits, and errors that name the server.
+
+It owns the conversation with one vLLM server; it must not know that there are others, nor how weights travel.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from trl.generation.vllm_client import VLLMClient
+from urllib3.util.retry import Retry
+
+CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 60.0
+"""For a request that a healthy server answers at once."""
+ROLLOUT_SECONDS = 3600.0
+"""For a batch of completions."""
+_READY_POLL_SECONDS = 1.0
+_API_KEY = "VLLM_API_KEY"
+"""vLLM's own variable: the servers ask for the key that stands in it."""
+
+
+class RolloutError(Exception):
+    """The rollout servers cannot do what was asked of them; the message names the server and the likely cause."""
+
+
+class ServerLost(RolloutError):
+    """A server does not answer, or lost what it had been given. It may be back after a restart."""
+
+
+class RolloutServer(VLLMClient):  # type: ignore[misc]
+    """TRL's client for one server, without its retries: an update or a rollout that is sent twice is done twice."""
+
+    def __init__(self, url: str) -> None:
+        # Not the inherited one: it waits without limit for a server that takes connections and does not answer.
+        self.base_url = url
+        self.session = requests.Session()
+        # A request that never reached the server is repeated, and no other.
+        self.session.mount("http://", HTTPAdapter(max_retries=Retry(total=0, connect=2, backoff_factor=0.5)))
+        if key := os.environ.get(_API_KEY):
+            self.session.headers["Authorization"] = f"Bearer {key}"
+
+    def await_ready(self, deadline: float) -> None:
+        """Wait until it answers, until `deadline` on the monotonic clock; learn the name of its model.
+
+        Raises:
+            ServerLost: it did not answer until then.
+        """
+        while True:
+            try:
+                self.ask("GET", "/health", ANSWER_SECONDS)
+                self.model = self.ask("GET", "/v1/models", ANSWER_SECONDS).json()["data"][0]["id"]
+                return
+            except ServerLost:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_READY_POLL_SECONDS)
+
+    def weight_version(self) -> str:
+        """Return the version that was handed over to it last; a server that has just started has another one."""
+        return str(self.ask("GET", "/weight_info", ANSWER_SECONDS).json()["weight_version"])
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Return the server's resolved configuration."""
+        reply = self.ask("GET", "/server_info?config_format=json", ANSWER_SECONDS)
+        config: dict[str, Any] = reply.json()["vllm_config"]
+        return config
+
+    def ask(self, method: str, path: str, seconds: float, body: Any = None) -> requests.Response:
+        """Send one request and return the answer to it.
+
+        Raises:
+            ServerLost: no answer came, none within `seconds`, or that the server itself failed.
+            RolloutError: it refused the request.
+        """
+        asked = f"{method} {path.partition('?')[0]}"
+        try:
+            answer = self.session.request(
+                method, f"{self.base_url}{path}", json=body, timeout=(CONNECT_SECONDS, seconds)
+            )
+        except requests.exceptions.ConnectTimeout as error:
+            raise ServerLost(
+                f"the rollout server {self.base_url} took no connection within {CONNECT_SECONDS:g} s ({asked}): its "
+                "node or the network to it is gone, or a NetworkPolicy keeps the trainer out"
+            ) from error
+        except requests.exceptions.ReadTimeout as error:
+            raise ServerLost(
+                f"the rollout server {self.base_url} did not answer {asked} within {seconds:g} s: it hangs, or has "
+                "more to do than it can; its log says which"
+            ) from error
+        except requests.exceptions.RequestException as error:
+            raise ServerLost(
+                f"the rollout server {self.base_url} cannot be reached ({asked}): it has ended, or has not started "
+                f"yet; the end of its log says why ({_innermost(error)})"
+            ) from error
+        if answer.status_code == 404:
+            raise RolloutError(
+                f"the rollout server {self.base_url} does not know {asked}: start it with VLLM_SERVER_DEV_MODE=1, and "
+                "in the trainer's version of vLLM"
+            )
+        if answer.status_code == 401:
+            raise RolloutError(f"the rollout server {self.base_url} refused the key in ${_API_KEY}: give both the same")
+        if answer.status_code != 200:
+            message = (
+                f"the rollout server {self.base_url} answered {asked} with {answer.status_code}: {answer.text[:500]}"
+            )
+            raise ServerLost(f"{message}; its log says more") if answer.status_code >= 500 else RolloutError(message)
+        return answer
+
+    # What the inherited methods ask through.
+
+    def _get(self, url: str, **kwargs: Any) -> Any:
+        assert not kwargs
+        return self.ask("GET", url.removeprefix(self.base_url), ANSWER_SECONDS).json()
+
+    def _post(self, url: str, json: Any = None) -> Any:
+        return self.ask("POST", url.removeprefix(self.base_url), ROLLOUT_SECONDS, json).json()
+
+
+def _innermost(error: BaseException) -> str:
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    reason = getattr(error, "reason", None)
+    return _innermost(reason) if isinstance(reason, BaseException) else str(error)

@@ -68,7 +68,7 @@ chaos: setup build-control-plane ## Kill the operator at 300 random writes of ru
 	POSTTRAIN_CHAOS_TRIALS=$${POSTTRAIN_CHAOS_TRIALS:-300} $(VENV)/bin/pytest -q -s tests/integration/test_chaos.py $(PYTEST_ARGS)
 
 generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, schemas, reference pages
-	@for image in operator trainer; do \
+	@for image in operator sandbox trainer; do \
 	  $(VENV)/bin/uv export --locked --extra $$image $(LOCK_ONLY) -o images/$$image/requirements.txt >/dev/null || exit 1; \
 	done
 	@$(EXPORT_VLLM) --extra gpu -o images/vllm/requirements.txt >/dev/null

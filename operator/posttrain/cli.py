@@ -27,10 +27,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ResourceFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file with one TrainingRun.")]
+ResourceFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file with TrainingRuns.")]
 Sets = Annotated[
     list[str],
-    typer.Option("--set", metavar="PATH=VALUE", help="Change a field, as in spec.sft.args.learning_rate=1e-4."),
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change a field, as in spec.sft.args.learning_rate=1e-4. With several runs in the file NAME:spec.…=….",
+    ),
 ]
 Claims = Annotated[
     list[str],
@@ -64,22 +68,21 @@ def run(
     state: State = None,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of a live display.")] = False,
 ) -> None:
-    """Execute a TrainingRun on this machine, or go on with it; Ctrl-C stops it after a checkpoint."""
+    """Execute the TrainingRuns of a file on this machine, or go on with them; Ctrl-C stops after a checkpoint."""
     from posttrain.local.display import open_view
     from posttrain.local.environments import cache_root
     from posttrain.local.runner import run_file
     from posttrain.local.state import state_root
 
-    with open_view(plain=plain) as view:
-        exit_code = run_file(
-            file,
-            sets=sets,
-            claims=_folders(claims, option="--claim"),
-            secrets=_folders(secrets, option="--secret"),
-            state_root=state or state_root(),
-            cache=cache_root(),
-            view=view,
-        )
+    exit_code = run_file(
+        file,
+        sets=sets,
+        claims=_folders(claims, option="--claim"),
+        secrets=_folders(secrets, option="--secret"),
+        state_root=state or state_root(),
+        cache=cache_root(),
+        open_view=lambda: open_view(plain=plain),
+    )
     raise typer.Exit(exit_code)
 
 
@@ -126,18 +129,25 @@ def validate(
 
 @app.command()
 def plan(file: ResourceFile, sets: Sets = []) -> None:  # noqa: B006 - typer copies it
-    """Print the objects that a run begins with, as YAML: its own, those of prepare, those of the first attempt."""
+    """Print the objects that each run begins with, as YAML: its own, those of prepare, those of the first attempt."""
     from datetime import UTC, datetime
 
     from posttrain.api.loader import dump_document
-    from posttrain.files import assign, assume_settings, check_run, find_run, read_documents
+    from posttrain.files import assign_to_runs, assume_settings, check_run, find_runs, read_documents
     from posttrain.local.preflight import resolve_paths
     from posttrain.plan.training_run import preview_training_run
 
-    document = find_run(read_documents(file), file=file)
-    data = resolve_paths(assign(document.data, sets=sets), folder=file.absolute().parent)
-    run = check_run(document, data=data)
-    objects = preview_training_run(run, now=datetime.now(UTC), settings=assume_settings(run))
+    documents = find_runs(read_documents(file), file=file)
+    changed = assign_to_runs(documents, sets=sets, file=file)
+    runs = [
+        check_run(document, data=resolve_paths(data, folder=file.absolute().parent))
+        for document, data in zip(documents, changed, strict=True)
+    ]
+    objects = [
+        manifest
+        for run in runs
+        for manifest in preview_training_run(run, now=datetime.now(UTC), settings=assume_settings(run), beside=runs)
+    ]
     print("---\n".join(dump_document(manifest) for manifest in objects), end="")
 
 

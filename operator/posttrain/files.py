@@ -48,30 +48,34 @@ def find_runs(documents: Sequence[Document], *, file: Path) -> list[Document]:
     return found
 
 
-def find_run(documents: Sequence[Document], *, file: Path) -> Document:
-    """Return the one run.
-
-    Raises:
-        UserError: there is none, or more than one.
-    """
-    found = find_runs(documents, file=file)
-    if len(found) > 1:
-        lines = ", ".join(str(document.line) for document in found)
-        raise UserError(f"{file}: has {len(found)} resources (lines {lines}), and one {KIND} is wanted: split it")
-    return found[0]
-
-
-def assign(data: Mapping[str, Any], *, sets: Sequence[str]) -> dict[str, Any]:
-    """Return the resource with every `PATH=VALUE` applied in turn.
+def assign_to_runs(documents: Sequence[Document], *, sets: Sequence[str], file: Path) -> list[dict[str, Any]]:
+    """Return the resources with every `PATH=VALUE` applied in turn; where they are several, `NAME:PATH=VALUE`.
 
     Raises:
         LoadError: an assignment cannot be read or has no place.
+        UserError: two runs have one name, or it is left open which one is meant.
     """
-    changed = dict(data)
+    names = [name_of(document) for document in documents]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{file}: two runs have the name {twice!r}: give each a metadata.name of its own")
+    changed = {name: dict(document.data) for name, document in zip(names, documents, strict=True)}
     for text in sets:
-        path, value = parse_assignment(text)
-        changed = apply_assignment(changed, path=path, value=value)
-    return changed
+        name, _, assignment = text.partition(":") if len(names) > 1 else (names[0], "", text)
+        if name not in changed:
+            raise UserError(
+                f"--set {text}: {file} holds the runs {', '.join(names)}: say which one is meant, as in "
+                f"--set {names[0]}:{text}"
+            )
+        path, value = parse_assignment(assignment)
+        changed[name] = apply_assignment(changed[name], path=path, value=value)
+    return list(changed.values())
+
+
+def name_of(document: Document) -> str:
+    """Return the name that a document gives its resource; nothing where it has none."""
+    metadata = document.data.get("metadata")
+    return str(metadata.get("name", "")) if isinstance(metadata, dict) else ""
 
 
 def check_run(document: Document, *, data: Mapping[str, Any], settings: Settings | None = None) -> TrainingRun:

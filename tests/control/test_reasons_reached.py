@@ -17,7 +17,7 @@ from posttrain.contract.result import Result
 from posttrain.control.kinds import CLAIM, KUEUE, PYTORCHJOB, WORKLOAD
 from posttrain.control.port import Rejected
 from tests.support.bench import Bench
-from tests.support.builders import rfc3339
+from tests.support.builders import build_other_run, rfc3339
 
 Happens = Callable[[Bench], None]
 STARTED = Started(world_size=1, max_steps=20, resumed_from_step=0)
@@ -187,6 +187,11 @@ def code_is_missing(bench: Bench) -> None:
     bench.submit(code={"configMapName": "my-code"})
 
 
+def other_run_fails(bench: Bench) -> None:
+    bench.cluster.put(build_other_run("sft", stage="Failed", reason="CudaOutOfMemory"))
+    bench.submit(model={"runRef": {"name": "sft"}})
+
+
 def deadline_passes(bench: Bench) -> None:
     trains(bench, activeDeadlineSeconds=600)
     bench.wait(601)
@@ -342,6 +347,7 @@ CASES: list[tuple[str, Happens]] = [
     ("NameConflict", name_taken),
     ("ChildRejected", child_refused),
     ("ReferencePending", code_is_missing),
+    ("ReferenceFailed", other_run_fails),
     # Prepare
     *(
         (reason, prepare_finds(reason))

@@ -28,7 +28,8 @@ from posttrain.control.kinds import (
 )
 from posttrain.control.port import Conflict, ObjectKey, Rejected, Unavailable
 from posttrain.plan.types import Manifest
-from tests.support.bench import Bench
+from tests.support.bench import RUN, Bench
+from tests.support.builders import build_other_run
 from tests.support.faults import Call, Crash, Fault
 
 CHILDREN = ["ServiceAccount demo", "PersistentVolumeClaim demo", "NetworkPolicy demo"]
@@ -870,6 +871,36 @@ def test_own_code_is_waited_for_and_kept_as_it_was_when_it_came() -> None:
     run_gang(bench)
     assert child(bench, CONFIG_MAP, "demo-code")["data"] == {"rewards..math.py": "x = 1\n"}
     assert not [call for call in bench.port.calls if call.method == "get"]
+
+
+def test_a_run_that_waits_for_anothers_model_is_woken_when_that_one_ends() -> None:
+    bench = Bench()
+    bench.cluster.put(build_other_run("sft", stage="Training"))
+    bench.submit(model={"runRef": {"name": "sft"}})
+    bench.settle()
+    assert bench.says("Accepted") == ("False", "ReferencePending")
+    assert bench.names(PYTORCHJOB) == []
+
+    bench.rung.clear()
+    bench.cluster.put(build_other_run("sft", stage="Succeeded"))
+    bench.see()
+    assert RUN in bench.rung
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+def test_a_run_is_kept_past_its_ttl_until_those_that_start_from_it_have_ended() -> None:
+    bench = Bench()
+    bench.submit(ttlSecondsAfterFinished=60, status=build_other_run("demo", stage="Succeeded")["status"])
+    bench.cluster.put(build_other_run("grpo", stage="Training", model={"runRef": {"name": "demo"}}))
+    bench.wait(61)
+    assert bench.look() == 60
+    assert bench.others.find(TRAINING_RUN, "demo") is not None
+
+    bench.cluster.put(build_other_run("grpo", stage="Succeeded", model={"runRef": {"name": "demo"}}))
+    bench.look()
+    assert bench.others.find(TRAINING_RUN, "demo") is None
 
 
 def test_code_whose_snapshot_is_gone_and_that_changed_since_is_asked_for_until_it_is_back() -> None:

@@ -75,6 +75,7 @@ BAD = [
     (f"metadata.name={'a' * 41}", "a run's name has at most 40 characters"),
     ("spec.modle={}", 'unknown field "spec.modle"'),
     ("spec.model.source=s3://bucket/model", "spec.model.source in body should match '^((hf://)?"),
+    ("spec.model.runRef={name: sft}", "exactly one of source and runRef says which model it is"),
     ("spec.model.dtype=fp16", f'spec.model.dtype: Unsupported value: "fp16": {SUPPORTED}auto", "float32"'),
     ("spec.model.trustRemoteCode='yes'", "trustRemoteCode in body must be of type boolean"),
     ("spec.datasets=[]", "spec.datasets in body should have at least 1 items"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from posttrain.contract.facts import CheckpointSaved, Logged, NonFinite, Started
 from posttrain.contract.result import Result, to_termination_message
 from tests.cluster.cluster import TestCluster
 from tests.support.builders import build_report
-from tests.support.cluster_runs import ClusterRun, reasons
+from tests.support.cluster_runs import ClusterRun, message_of, reasons
 from tests.support.operator_process import OperatorProcess
 
 pytestmark = pytest.mark.integration
@@ -172,6 +174,23 @@ def test_ttl_removes_a_finished_run(run: ClusterRun) -> None:
     run.cluster.await_json(
         "trainingruns", "--namespace", run.namespace, until=lambda found: not found["items"], what="the TTL"
     )
+
+
+def test_a_run_waits_for_the_one_whose_model_it_starts_from(run: ClusterRun) -> None:
+    following = ClusterRun(run.cluster, run.namespace, "next")
+    following.apply(model={"runRef": {"name": run.name}})
+    waiting = following.await_status(lambda s: reasons(s)["Accepted"] == ("False", "ReferencePending"), what="the wait")
+    assert message_of(waiting, "Accepted") == "waiting for the model of run demo: there is no such run"
+    run.apply()
+    run.await_running()
+    following.await_status(lambda s: "which is Starting" in message_of(s, "Accepted"), what="the wait")
+
+    run.complete()
+
+    following.await_running()
+    config = following.cluster.get("configmap", "next-a1", "--namespace", run.namespace)["data"]["config.json"]
+    assert json.loads(config)["model"] == {"kind": "Mounted", "mount": "claim-shared", "path": "demo/model"}
+    assert following.complete()["provenance"]["modelSource"] == "pvc://shared/demo/model"
 
 
 def test_an_edited_job_is_what_it_was_made_as_again_and_no_pod_notices(run: ClusterRun) -> None:

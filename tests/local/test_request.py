@@ -11,7 +11,7 @@ from posttrain.api.loader import dump_document
 from posttrain.errors import InvalidResource, UserError
 from posttrain.local.machine import Gpu, Machine
 from posttrain.local.preflight import read_code, read_secrets, resolve_paths
-from posttrain.local.request import Options, Request, load_request
+from posttrain.local.request import Options, Request, load_requests
 from tests.support.builders import build_spec
 
 LAPTOP = Machine(name="laptop", cpus=2, memory_bytes=2**34, gpus=())
@@ -46,7 +46,8 @@ def load(
     }
     (folder / "run.yaml").write_text(dump_document(run) + beside)
     options = Options(file=folder / "run.yaml", sets=sets, claims=claims or {}, secrets=secrets or {}, state=None)
-    return load_request(options, machine=machine)
+    (request,) = load_requests(options, machine=machine, state_root=folder / "state")
+    return request
 
 
 def refusal(folder: Path, **how: Any) -> list[str]:

@@ -320,8 +320,43 @@ def test_a_resource_with_problems_leaves_nothing_behind(place: Place) -> None:
     assert not (place.folder / "state").exists()
 
 
+def test_a_second_run_of_the_file_starts_from_the_model_of_the_first(place: Place) -> None:
+    place.write()
+    first = (place.folder / "run.yaml").read_text()
+    second = first.replace("name: demo", "name: next").replace("source: file://inputs/model", "runRef: {name: demo}")
+    assert second.count("runRef") == 1
+    (place.folder / "run.yaml").write_text(f"{second}---\n{first}")
+
+    code, output = place.run()
+
+    assert code == 0, output
+    folder = RunFolder(place.folder / "state" / "next")
+    run = folder.read_run()
+    assert run is not None
+    assert run.status.stage == "Succeeded"
+    assert run.status.provenance is not None
+    assert run.status.provenance.model_source == "pvc://demo/demo/model"
+    assert place.resource.status.completion_time <= run.status.start_time
+    code, output = place.run()
+    assert (code, output.count("has ended before")) == (0, 2)
+
+
+def test_what_follows_a_run_that_failed_is_not_begun(place: Place) -> None:
+    place.write(fake="fail", restarts={"maxApplicationRestarts": 0, "maxInfrastructureRestarts": 0})
+    first = (place.folder / "run.yaml").read_text()
+    second = first.replace("name: demo", "name: next").replace("source: file://inputs/model", "runRef: {name: demo}")
+    (place.folder / "run.yaml").write_text(f"{first}---\n{second}")
+
+    code, output = place.run()
+
+    assert code == 1, output
+    assert "Not begun, because of demo: next." in output
+    assert not (place.folder / "state" / "next").exists()
+
+
 RECORDED = """
 import os, sys
+from contextlib import nullcontext
 from pathlib import Path
 from posttrain.local.runner import run_file
 
@@ -338,7 +373,13 @@ class View:
 
 sys.addaudithook(note)
 code = run_file(
-    folder / "run.yaml", sets=[], claims={}, secrets={}, state_root=state, cache=folder / "cache", view=View()
+    folder / "run.yaml",
+    sets=[],
+    claims={},
+    secrets={},
+    state_root=state,
+    cache=folder / "cache",
+    open_view=lambda: nullcontext(View()),
 )
 storage = state / "demo" / "volumes" / "demo"
 assert (storage / "demo" / "step").exists()

@@ -56,6 +56,24 @@ def build_run(
     return run.model_copy(update={"status": status}) if status is not None else run
 
 
+def build_other_run(name: str, *, stage: str, reason: str = "InProgress", **spec: Any) -> Manifest:
+    """Return another run of the namespace as it is stored; Succeeded and Failed are ends."""
+    ended, succeeded = stage in ("Succeeded", "Failed"), "True" if stage == "Succeeded" else "False"
+    condition = {"type": "Succeeded", "status": succeeded, "reason": reason, "message": f"it is {stage}"}
+    status: dict[str, Any] = {"stage": stage, "conditions": [{**condition, "lastTransitionTime": rfc3339(T0)}]}
+    if ended:
+        status["completionTime"] = rfc3339(T0)
+    if stage == "Succeeded":
+        status["model"] = {"uri": f"pvc://{name}/{name}/model"}
+    return {
+        "apiVersion": "posttrain.dev/v1alpha1",
+        "kind": "TrainingRun",
+        "metadata": {"name": name, "namespace": "team"},
+        "spec": build_spec(**spec),
+        "status": status,
+    }
+
+
 def build_observed_job(
     run: str, *, attempt: int, created: datetime = T0, status: Mapping[str, Any] | None = None
 ) -> Manifest:

@@ -78,6 +78,7 @@ def open_cluster(
         site=build_site(folder, **site),
         claims=claims or {},
         config_maps={},
+        runs={},
         tokens=tokens or FakeTokens(),
         notify=lambda: None,
         clock=clock,

@@ -15,10 +15,11 @@ from uv import find_uv_bin
 from posttrain.local.environments import cache_root, ensure_environment
 
 ROOT = Path(__file__).parents[2]
-IMAGES = ("operator", "trainer", "vllm")
+IMAGES = ("operator", "sandbox", "trainer", "vllm")
 VLLM = ("--project", "images/vllm", "--no-emit-package", "posttrain")
 LOCKS = {
     "operator/requirements.txt": ("--extra", "operator"),
+    "sandbox/requirements.txt": ("--extra", "sandbox"),
     "trainer/requirements.txt": ("--extra", "trainer"),
     "vllm/requirements.txt": (*VLLM, "--extra", "gpu"),
     "vllm/requirements-cpu.txt": (
@@ -107,3 +108,18 @@ def test_the_operator_starts_with_what_its_lock_names() -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert "--settings FILE" in done.stdout
+
+
+def test_the_sandbox_starts_with_what_its_lock_names() -> None:
+    interpreter = ensure_environment("sandbox", cache=cache_root(os.environ), report=print)
+
+    done = subprocess.run(
+        [interpreter, "-m", "posttrain_workloads.sandbox", "--help"],
+        env={"PYTHONPATH": str(ROOT / "workloads")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--concurrency" in done.stdout

@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+from posttrain.contract import checkpoints
 from posttrain.contract.checkpoints import CHECKPOINT_PREFIX, MODEL_FOLDER
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.reporting import FACTS_FILES
@@ -70,5 +71,4 @@ def _has_results(storage: Path) -> bool:
 
 def storage_uri(config: TrainingConfig, path: str) -> str:
     """Return the URI of a file or folder of the run's storage."""
-    claim = config.spec.checkpoints.storage.claim_name or config.run.name
-    return f"pvc://{claim}/{config.run.name}/{path}"
+    return checkpoints.storage_uri(config.run.name, path=path, claim_name=config.spec.checkpoints.storage.claim_name)

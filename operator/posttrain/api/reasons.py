@@ -75,6 +75,11 @@ _CATALOGUE = (
         advice="Create the object that is named; the run goes on by itself.",
     ),
     Reason(
+        name="ReferenceFailed",
+        message="A run that the spec refers to has nothing that can be used.",
+        advice="Delete the run that is named, mend its cause and apply it again under its name; this one goes on then.",
+    ),
+    Reason(
         name="ModelNotFound",
         message="The model does not exist or cannot be read.",
         advice="Check spec.model.source and revision.",

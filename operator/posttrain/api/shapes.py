@@ -20,6 +20,7 @@ from posttrain.api.base import (
     LongText,
     ObjectName,
     Quantity,
+    RunName,
     ShortText,
     Text,
 )
@@ -45,13 +46,26 @@ HubEndpoint = Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max
 EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)]
 
 
+class RunRef(ApiModel):
+    """Another TrainingRun of the same namespace, whose final model is meant."""
+
+    name: RunName = Field(description="Name of the run.", examples=["sft"])
+
+
 class Model(ApiModel):
     """The model a run starts from."""
 
-    source: Source = Field(
+    source: Source | None = Field(
+        default=None,
         description="Where the model lies: a Hub id, `hf://org/name`, `pvc://claim/path`, or, on one machine only, "
         "`file://` with an absolute path or one relative to the resource's file.",
         examples=["Qwen/Qwen2.5-1.5B-Instruct"],
+    )
+    run_ref: RunRef | None = Field(
+        default=None,
+        description="In place of source: the model that another TrainingRun ends with. The run waits until that one "
+        "has succeeded.",
+        examples=[{"name": "sft"}],
     )
     revision: ShortText | None = Field(
         default=None,
@@ -92,6 +106,26 @@ class Model(ApiModel):
         description="Overrides of the model's configuration, such as RoPE scaling.",
         examples=[{"rope_theta": 300000.0, "max_position_embeddings": 32768}],
     )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="",
+            message="exactly one of source and runRef says which model it is",
+            cel="has(self.source) != has(self.runRef)",
+            holds=lambda model: ("source" in model) != ("runRef" in model),
+        ),
+        Rule(
+            field="revision",
+            message="only what lies on the Hub has revisions: leave revision out, or name the model by source",
+            cel="!has(self.revision) || !has(self.runRef)",
+            holds=lambda model: "revision" not in model or "runRef" not in model,
+        ),
+    )
+
+    @property
+    def label(self) -> str:
+        """What it is called where there is room for a name: its source, or the run that it comes from."""
+        return self.source or (f"run {self.run_ref.name}" if self.run_ref else "")
 
 
 class Rows(ApiModel):

@@ -233,6 +233,8 @@ class ProvenanceStatus(StatusModel):
 
     model_commit: str | None = None
     """Hub commit of the model."""
+    model_source: str | None = None
+    """Where the model lies that another run ended with, once that is known."""
     dataset_commits: dict[str, str] | None = None
     """Hub commits by `datasets/0` and so on."""
     image_digests: dict[str, str] | None = None

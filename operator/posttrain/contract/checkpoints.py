@@ -1,6 +1,6 @@
-"""The marker that makes a checkpoint or model folder count.
+"""Checkpoint and model folders: their names, their URIs, and the marker that makes one count.
 
-It owns the marker's name and shape; it must not read or write any file.
+It owns these names and the marker's shape; it must not read or write any file.
 """
 
 from __future__ import annotations
@@ -37,3 +37,8 @@ class Marker(ContractModel):
 def checkpoint_folder(step: int) -> str:
     """Return the name of a step's folder."""
     return f"{CHECKPOINT_PREFIX}{step}"
+
+
+def storage_uri(run: str, *, path: str, claim_name: str | None) -> str:
+    """Return the URI of a file or folder of a run's storage. The claim made for a run bears the run's name."""
+    return f"pvc://{claim_name or run}/{run}/{path}"

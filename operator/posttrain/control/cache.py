@@ -49,6 +49,8 @@ class Cache:
         self._of_run: dict[RunKey, set[ObjectKey]] = {}
         self._run_of: dict[ObjectKey, RunKey] = {}
         self._departed: dict[RunKey, deque[bytes]] = {}
+        self._refers_to: dict[RunKey, RunKey] = {}
+        self._referrers: dict[RunKey, set[RunKey]] = {}
         self._gone: OrderedDict[str, float] = OrderedDict()
         """By uid: the version at which an object was gone, infinite where it can never come back."""
         self._listed: set[Kind] = set()
@@ -73,6 +75,10 @@ class Cache:
     def departed(self, run: RunKey) -> list[Manifest]:
         """Return the last states of pods that were taken or deleted: they say so, and go at the same moment."""
         return [_unpack(packed) for packed in self._departed.get(run, ())]
+
+    def referrers(self, run: RunKey) -> list[RunKey]:
+        """Return the runs whose spec refers to a run, which need not exist."""
+        return sorted(self._referrers.get(run, ()))
 
     def runs(self) -> list[RunKey]:
         """Return the key of every run."""
@@ -112,7 +118,10 @@ class Cache:
             return
         wakes = fingerprint(manifest)
         self._entries[kind][key.namespace, key.name] = _Entry(uid, version, wakes, _pack(manifest))
-        if kind != TRAINING_RUN:
+        if kind == TRAINING_RUN:
+            self._note_reference(run, manifest)
+            self._tell_referrers(run)
+        else:
             self._run_of[key] = run
             self._of_run.setdefault(run, set()).add(key)
         if not own and (known is None or (known.uid, known.wakes) != (uid, wakes)):
@@ -178,6 +187,8 @@ class Cache:
         if (key.api_version, key.kind) == TRAINING_RUN:
             run = (key.namespace, key.name)
             self._departed.pop(run, None)
+            self._note_reference(run, None)
+            self._tell_referrers(run)
         if run is None:
             return
         owned = self._of_run.get(run)
@@ -186,6 +197,23 @@ class Cache:
             if not owned:
                 del self._of_run[run]
         self._on_change(run)
+
+    def _note_reference(self, run: RunKey, manifest: Manifest | None) -> None:
+        known = self._refers_to.pop(run, None)
+        if known is not None:
+            self._referrers[known].discard(run)
+            if not self._referrers[known]:
+                del self._referrers[known]
+        reference = (((manifest or {}).get("spec") or {}).get("model") or {}).get("runRef")
+        if reference is not None:
+            refers_to = (run[0], str(reference.get("name")))
+            self._refers_to[run] = refers_to
+            self._referrers.setdefault(refers_to, set()).add(run)
+
+    def _tell_referrers(self, run: RunKey) -> None:
+        """Whoever writes it: what was no news for the run itself is what others wait for."""
+        for referrer in self._referrers.get(run, ()):
+            self._on_change(referrer)
 
 
 def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:

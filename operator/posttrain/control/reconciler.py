@@ -39,6 +39,7 @@ from posttrain.plan import labels, names
 from posttrain.plan.kueue import parse_workload, workload_ref
 from posttrain.plan.manifests import is_live, is_of_attempt, parse_time
 from posttrain.plan.pytorchjob import job_ref, parse_job_state
+from posttrain.plan.references import has_ended
 from posttrain.plan.training_run import plan_training_run
 from posttrain.plan.types import Event, Manifest, ObjectRef, Observed, Plan, StatusPatch
 from posttrain.plan.unreadable import status_of_unreadable
@@ -145,11 +146,25 @@ class Reconciler:
             foreign=belongings.foreign | obstacles.foreign,
             rejected=obstacles.rejected,
             config_maps=await self._own_code(run, belongings),
+            runs=self._referenced_runs(run),
+            referrers=self._live_referrers(run),
             job_events=await self._job_events(run, belongings),
             kueue=self._cache.is_served(WORKLOAD),
             flavors=await self._queues.flavors(_flavors_of(run, belongings)),
             priorities=await self._queues.priorities(_priority_classes_of(run)),
         )
+
+    def _referenced_runs(self, run: TrainingRun) -> dict[str, Manifest]:
+        reference = run.spec.model.run_ref
+        if reference is None:
+            return {}
+        found = self._cache.get(ObjectKey(*TRAINING_RUN, run.metadata.namespace, reference.name))
+        return {reference.name: found} if found is not None else {}
+
+    def _live_referrers(self, run: TrainingRun) -> tuple[str, ...]:
+        keys = self._cache.referrers((run.metadata.namespace, run.metadata.name))
+        found = ((name, self._cache.get(ObjectKey(*TRAINING_RUN, namespace, name))) for namespace, name in keys)
+        return tuple(name for name, other in found if other is not None and not has_ended(other))
 
     async def _job_events(self, run: TrainingRun, belongings: Belongings) -> tuple[Manifest, ...]:
         """Return the events of a job whose pods are not made: only there does the training operator say why."""

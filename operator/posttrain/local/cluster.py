@@ -95,6 +95,7 @@ class LocalCluster:
         site: Site,
         claims: Mapping[str, Path],
         config_maps: Mapping[str, Mapping[str, str]],
+        runs: Mapping[str, Manifest],
         tokens: Tokens,
         notify: Callable[[], None],
         clock: Callable[[], datetime],
@@ -104,6 +105,7 @@ class LocalCluster:
         self._site = site
         self._claims = claims
         self._config_maps = config_maps
+        self._runs = runs
         self._tokens = tokens
         self._notify = notify
         self._clock = clock
@@ -167,6 +169,7 @@ class LocalCluster:
             objects=dict(self._objects),
             pods=tuple(self.list("Pod")),
             config_maps=self._config_maps,
+            runs=self._runs,
         )
 
     # --- The executor ------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def _headline(run: TrainingRun) -> Text:
     adapter = f" · {spec.peft.method}" if spec.peft else ""
     return Text.assemble(
         (run.metadata.name, "bold"),
-        (f"  {spec.model.source}{adapter} · {gang} · {spec.parallelism.strategy}", "dim"),
+        (f"  {spec.model.label}{adapter} · {gang} · {spec.parallelism.strategy}", "dim"),
     )
 
 

@@ -1,22 +1,24 @@
-"""What a person asks for with `posttrain run FILE`: the file, the options, and the checked resource in them.
+"""What a person asks for with `posttrain run FILE`: the file, the options, and the checked resources in them.
 
-It owns the way from the command line to a TrainingRun that this machine can execute; it must not write anything.
+It owns the way from the command line to TrainingRuns that this machine can execute, and their order; it must not write
+anything.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain.api.loader import Document
 from posttrain.api.training_run import TrainingRun
 from posttrain.api.validate import parse_training_run
-from posttrain.errors import InvalidResource
-from posttrain.files import add_lines, assign, find_run, read_documents
+from posttrain.errors import InvalidResource, Problem, UserError
+from posttrain.files import add_lines, assign_to_runs, find_runs, name_of, read_documents
 from posttrain.local.machine import Machine, local_settings
 from posttrain.local.preflight import Given, find_local_problems, read_code, read_secrets, resolve_paths
+from posttrain.local.references import find_reference_problems
 from posttrain.plan.checks import find_spec_problems
 from posttrain.settings import Settings
 
@@ -60,38 +62,81 @@ class Request:
     secrets: Mapping[str, Mapping[str, str]]
 
 
-def load_request(options: Options, *, machine: Machine) -> Request:
-    """Return what a file and the options ask for.
+def load_requests(options: Options, *, machine: Machine, state_root: Path) -> tuple[Request, ...]:
+    """Return what a file and the options ask for: its runs, each after the one that it starts from.
+
+    `state_root` is the folder of all runs, in which those are that the file refers to and does not hold.
 
     Raises:
         UserError: with every problem that can be seen before anything is started.
     """
     documents = read_documents(options.file)
-    document = find_run(documents, file=options.file)
-    data = resolve_paths(assign(document.data, sets=options.sets), folder=options.file.absolute().parent)
-    run = parse_training_run(data, origin=document.origin, line_of=document.line_of)
-    resources = run.spec.resources
-    settings = local_settings(machine, profile=resources.profile, num_nodes=resources.num_nodes)
-    claims = {name: folder.absolute() for name, folder in options.claims.items()}
-    config_maps = _config_maps(documents)
-    given = Given(claims=claims, secrets=options.secrets, config_maps=config_maps)
-    problems = [
-        *find_spec_problems(run.spec, settings=settings),
-        *find_local_problems(run.spec, machine=machine, given=given),
-    ]
-    if problems:
-        raise InvalidResource(add_lines(problems, document=document), origin=document.origin)
-    code = run.spec.code
-    if code is not None and code.path is not None:
-        files = read_code(Path(code.path))
-        config_maps[code.path] = {path.replace("/", _FOLDER_MARK): text for path, text in files.items()}
-    return Request(
-        run=run,
-        settings=settings,
-        claims=claims,
-        config_maps=config_maps,
-        secrets=read_secrets(options.secrets),
+    found = find_runs(documents, file=options.file)
+    changed = assign_to_runs(found, sets=options.sets, file=options.file)
+    names = [name_of(document) for document in found]
+    given = Given(
+        claims={name: folder.absolute() for name, folder in options.claims.items()},
+        secrets=options.secrets,
+        config_maps=_config_maps(documents),
     )
+    requests: list[Request] = []
+    problems: list[Problem] = []
+    for document, data in zip(found, changed, strict=True):
+        resolved = resolve_paths(data, folder=options.file.absolute().parent)
+        try:
+            run = parse_training_run(resolved, origin=document.origin, line_of=document.line_of)
+        except InvalidResource as error:
+            problems += error.problems
+            continue
+        resources = run.spec.resources
+        settings = local_settings(machine, profile=resources.profile, num_nodes=resources.num_nodes)
+        seen = [
+            *find_spec_problems(run.spec, settings=settings),
+            *find_local_problems(run.spec, machine=machine, given=given),
+            *find_reference_problems(run.spec, state_root=state_root, beside=names),
+        ]
+        problems += add_lines(seen, document=document)
+        requests.append(
+            Request(
+                run=run,
+                settings=settings,
+                claims=given.claims,
+                config_maps=given.config_maps,
+                secrets={},
+            )
+        )
+    if problems:
+        raise InvalidResource(tuple(problems), origin=str(options.file))
+    secrets = read_secrets(options.secrets)
+    return tuple(replace(_with_code(request), secrets=secrets) for request in _in_order(requests))
+
+
+def _with_code(request: Request) -> Request:
+    code = request.run.spec.code
+    if code is None or code.path is None:
+        return request
+    files = {path.replace("/", _FOLDER_MARK): text for path, text in read_code(Path(code.path)).items()}
+    return replace(request, config_maps={**request.config_maps, code.path: files})
+
+
+def _in_order(requests: Sequence[Request]) -> Iterator[Request]:
+    """Yield each run after the one that it starts from, else as they stand in the file.
+
+    Raises:
+        UserError: they start from each other.
+    """
+    waiting = {request.run.metadata.name: request for request in requests}
+    while waiting:
+        ready = [name for name, request in waiting.items() if _refers_to(request) not in waiting]
+        if not ready:
+            circle = " and ".join(f"{name} from {_refers_to(request)}" for name, request in waiting.items())
+            raise UserError(f"runs start from each other ({circle}): one of them must begin with a model.source")
+        yield waiting.pop(ready[0])
+
+
+def _refers_to(request: Request) -> str | None:
+    reference = request.run.spec.model.run_ref
+    return reference.name if reference is not None else None
 
 
 def _config_maps(documents: Sequence[Document]) -> dict[str, Mapping[str, str]]:

@@ -1,4 +1,4 @@
-"""`posttrain run FILE`: executes a TrainingRun on this machine until it has ended.
+"""`posttrain run FILE`: executes the TrainingRuns of a file on this machine, one after the other, until each has ended.
 
 It owns the loop that a reconciler runs in a cluster (observe, plan, delete, apply, status, events), what a Ctrl-C means
 and the exit code; it must not decide anything about the run, which is the plan's, nor read the run's storage.
@@ -11,13 +11,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from posttrain.api.conditions import ACCEPTED, FINISHED, SUCCEEDED, find_condition, is_true
+from posttrain.api.conditions import ACCEPTED, FINISHED, STALLED, SUCCEEDED, find_condition, is_true
 from posttrain.api.training_run import TrainingRun
 from posttrain.api.training_run_status import TrainingRunStatus
 from posttrain.contract.result import ExitCode
@@ -28,7 +28,8 @@ from posttrain.local.interrupts import Interrupts
 from posttrain.local.leftovers import end_leftovers
 from posttrain.local.machine import Machine, observe_machine
 from posttrain.local.pod_process import Site
-from posttrain.local.request import Options, Request, load_request
+from posttrain.local.references import observe_referenced
+from posttrain.local.request import Options, Request, load_requests
 from posttrain.local.server import ProgressServer
 from posttrain.local.state import RunFolder, find_spec_changes, locked, refuse_changed_spec
 from posttrain.local.state import state_root as default_state_root
@@ -57,23 +58,40 @@ def run_file(
     secrets: Mapping[str, Path],
     state_root: Path,
     cache: Path,
-    view: View,
+    open_view: Callable[[], AbstractContextManager[View]],
 ) -> int:
-    """Execute the TrainingRun in a file, from wherever it stands; return 0 Succeeded, 1 Failed, 2 the user's to mend.
+    """Execute the TrainingRuns in a file, each from wherever it stands, with a view of its own.
 
-    130: it was interrupted, or is suspended. A first Ctrl-C (or SIGTERM, or a closed terminal) suspends it after a
+    Returns 0 Succeeded, 1 Failed, 2 the user's to mend; with anything but 0 the runs that follow are not begun.
+
+    130: a run was interrupted, or is suspended. A first Ctrl-C (or SIGTERM, or a closed terminal) suspends it after a
     checkpoint, a second one ends it at once; the same command resumes it in both cases, and also after this process
     was killed.
 
     Raises:
-        UserError: the resource is not valid, this machine cannot execute it, or somebody else does.
+        UserError: a resource is not valid, this machine cannot execute it, or somebody else does.
     """
-    own_state = state_root if state_root.absolute() != default_state_root() else None
+    root = state_root.absolute()
+    own_state = state_root if root != default_state_root() else None
     options = Options(file=path, sets=sets, claims=claims, secrets=secrets, state=own_state)
     machine = observe_machine()
-    request = load_request(options, machine=machine)
-    folder = RunFolder(state_root.absolute() / request.run.metadata.name)
-    view = SteadyView(view)
+    requests = load_requests(options, machine=machine, state_root=root)
+    for number, request in enumerate(requests, 1):
+        with open_view() as opened:
+            view = SteadyView(opened)
+            code = _run(request, options=options, machine=machine, state_root=root, cache=cache, view=view)
+            if code != ExitCode.DONE and requests[number:]:
+                left = ", ".join(request.run.metadata.name for request in requests[number:])
+                view.message(f"Not begun, because of {request.run.metadata.name}: {left}.")
+        if code != ExitCode.DONE:
+            return code
+    return ExitCode.DONE
+
+
+def _run(request: Request, *, options: Options, machine: Machine, state_root: Path, cache: Path, view: View) -> int:
+    folder = RunFolder(state_root / request.run.metadata.name)
+    referenced = observe_referenced(request.run.spec, state_root=state_root)
+    claims = {**referenced.claims, **request.claims}
     wakeups: Wakeups = SimpleQueue()
     with Interrupts(lambda: wakeups.put(None)) as interrupts, locked(folder, command=options.command):
         try:
@@ -84,14 +102,15 @@ def run_file(
             interpreter = ensure_environment(_IMAGE, cache=cache, report=view.stage)
             interrupts.deferred = True
             store = RunStore(folder, accept_run(request.run, stored=stored, now=_now()))
-            _link(folder, run=store.run, claims=request.claims)
+            _link(folder, run=store.run, claims=claims)
             with closing(ProgressServer(store, notify=lambda: wakeups.put(None), clock=_now)) as server:
                 cluster = LocalCluster(
                     folder,
                     store=store,
                     site=_site(request, folder=folder, machine=machine, interpreter=interpreter, server=server),
-                    claims=request.claims,
+                    claims=claims,
                     config_maps=request.config_maps,
+                    runs=referenced.runs,
                     tokens=server,
                     notify=lambda: wakeups.put(None),
                     clock=_now,
@@ -132,6 +151,13 @@ def _show_finished(run: TrainingRun, *, folder: RunFolder, view: View) -> int:
         f"(--set metadata.name=NAME) or remove {folder.path}."
     )
     return exit_code(run.status)
+
+
+def _refusal(status: TrainingRunStatus) -> str | None:
+    """Return why nothing is done for the run until somebody changes something; None where that is not so."""
+    accepted = find_condition(status.conditions, ACCEPTED)
+    refused = accepted is not None and accepted.status == "False" and is_true(status.conditions, STALLED)
+    return f"{accepted.reason}: {accepted.message}" if accepted is not None and refused else None
 
 
 def exit_code(status: TrainingRunStatus) -> int:
@@ -203,6 +229,10 @@ class Execution:
             over = not self._cluster.has_live_pods
             if over and is_true(run.status.conditions, FINISHED):
                 self._view.finish(run, self._folder)
+                return exit_code(run.status)
+            refusal = _refusal(run.status) if over else None
+            if refusal is not None:
+                self._view.message(refusal)
                 return exit_code(run.status)
             gave_up = killed_at is not None and time.monotonic() - killed_at > _KILL_SECONDS
             if (over and run.status.stage == "Suspended") or gave_up:

@@ -109,7 +109,7 @@ def table_row(run: TrainingRun, *, executed: bool, now: datetime) -> tuple[str, 
     created = run.metadata.creation_timestamp or status.start_time
     return (
         run.metadata.name,
-        _shorten(run.spec.model.source),
+        _shorten(run.spec.model.label),
         state_text(run, executed=executed),
         step,
         format_decimal(metric(status, name="loss")),
@@ -145,7 +145,7 @@ def detail_lines(run: TrainingRun, *, executed: bool, now: datetime) -> list[str
     rows = [
         ("Name", run.metadata.name),
         ("State", state_text(run, executed=executed)),
-        ("Model", spec.model.source),
+        ("Model", spec.model.label),
         ("Data", ", ".join(dataset.source for dataset in spec.datasets)),
         ("Gang", f"{gang}, {spec.parallelism.strategy}"),
         ("Attempt", str(status.attempt) if status.attempt else ""),

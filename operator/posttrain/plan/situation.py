@@ -22,6 +22,7 @@ from posttrain.plan.kueue import Ask, WorkloadState, parse_workload, workload_re
 from posttrain.plan.manifests import is_live, is_of_attempt, pods_of_role
 from posttrain.plan.objects import code_files
 from posttrain.plan.pytorchjob import job_ref, parse_job_state
+from posttrain.plan.references import RunState, parse_run_state
 from posttrain.plan.types import Manifest, ObjectRef, Observed
 from posttrain.settings import Profile, Settings
 
@@ -99,13 +100,26 @@ class Situation:
         return pinned or (overrides.image if overrides else None) or self.settings.images.trainer
 
     @cached_property
+    def referenced_run(self) -> RunState | None:
+        """The run whose model this one starts from, as far as it is there."""
+        reference = self.run.spec.model.run_ref
+        manifest = self.observed.runs.get(reference.name) if reference is not None else None
+        return parse_run_state(manifest) if manifest is not None else None
+
+    @property
+    def model_source(self) -> str | None:
+        """Where the model lies: as the spec says, as pinned, or as the run says that made it; None while unknown."""
+        made = self.referenced_run
+        return self.run.spec.model.source or self.provenance.model_source or (made.model_uri if made else None)
+
+    @cached_property
     def sources(self) -> Mapping[str, ResolvedSource]:
         """Every source, each Hub revision as a commit once that is known."""
         provenance = self.provenance
         commits = dict(provenance.dataset_commits or {})
         if provenance.model_commit is not None:
             commits["model"] = provenance.model_commit
-        return sources.resolve_all(self.run.spec, commits=commits)
+        return sources.resolve_all(self.run.spec, commits=commits, model_source=self.model_source)
 
     @cached_property
     def code(self) -> Mapping[str, str] | None:

@@ -16,6 +16,7 @@ from posttrain.errors import Problem
 
 FILES_MOUNT = "files"
 _CLAIM_PREFIX = "claim-"
+_CLAIM_SCHEME = "pvc://"
 _DEFAULT_REVISION = "main"
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
@@ -30,15 +31,21 @@ class NamedSource:
     revision: str | None
 
 
-def named_sources(spec: TrainingRunSpec) -> tuple[NamedSource, ...]:
-    """Return every source of the spec: the model, then the datasets, then the evaluation datasets."""
-    model = NamedSource(key="model", path="spec.model", source=spec.model.source, revision=spec.model.revision)
+def named_sources(spec: TrainingRunSpec, *, model_source: str | None = None) -> tuple[NamedSource, ...]:
+    """Return every source of the spec: the model, then the datasets, then the evaluation datasets.
+
+    A model that another run ends with has none of its own: it is the given one, or left out.
+    """
+    source = spec.model.source or model_source
+    models = (
+        [NamedSource(key="model", path="spec.model", source=source, revision=spec.model.revision)] if source else []
+    )
     members = [
         NamedSource(key=f"{field}/{i}", path=f"spec.{field}[{i}]", source=member.source, revision=member.revision)
         for field, group in (("datasets", spec.datasets), ("evalDatasets", spec.eval_datasets))
         for i, member in enumerate(group)
     ]
-    return (model, *members)
+    return (*models, *members)
 
 
 def resolve_source(source: str, *, revision: str | None) -> ResolvedSource:
@@ -52,8 +59,8 @@ def resolve_source(source: str, *, revision: str | None) -> ResolvedSource:
         if not path.startswith("/"):
             raise ValueError(f"{source} must have an absolute path here: write file:// and a path that begins with /")
         return _mounted(FILES_MOUNT, path.lstrip("/"), source=source)
-    if source.startswith("pvc://"):
-        claim, _, path = source.removeprefix("pvc://").partition("/")
+    if source.startswith(_CLAIM_SCHEME):
+        claim, path = split_claim(source)
         if not claim or not path:
             raise ValueError(f"{source} lacks a claim or a path: write pvc://claim/path")
         return _mounted(claim_mount(claim), path, source=source)
@@ -61,6 +68,12 @@ def resolve_source(source: str, *, revision: str | None) -> ResolvedSource:
     if "://" in repo:
         raise ValueError(f"{source} is of a kind that does not exist: write org/name, hf://, pvc:// or file://")
     return HubSource(repo=repo, revision=revision or _DEFAULT_REVISION)
+
+
+def split_claim(source: str) -> tuple[str, str]:
+    """Return the claim and the path of `pvc://claim/path`."""
+    claim, _, path = source.removeprefix(_CLAIM_SCHEME).partition("/")
+    return claim, path
 
 
 def _mounted(mount: str, path: str, *, source: str) -> MountedSource:
@@ -100,11 +113,16 @@ def find_source_problems(spec: TrainingRunSpec, *, allow_files: bool) -> list[Pr
     return problems
 
 
-def resolve_all(spec: TrainingRunSpec, *, commits: Mapping[str, str]) -> dict[str, ResolvedSource]:
-    """Return every source by its key, a Hub revision replaced by its commit where that is known."""
+def resolve_all(
+    spec: TrainingRunSpec, *, commits: Mapping[str, str], model_source: str | None
+) -> dict[str, ResolvedSource]:
+    """Return every source by its key, a Hub revision replaced by its commit where that is known.
+
+    `model_source` is where the model lies that another run ended with.
+    """
     return {
         named.key: resolve_source(named.source, revision=commits.get(named.key, named.revision))
-        for named in named_sources(spec)
+        for named in named_sources(spec, model_source=model_source)
     }
 
 

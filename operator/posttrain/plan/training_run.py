@@ -14,7 +14,7 @@ leave the ConfigMap out of `objects` unless somebody deleted it. Prepare's are l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -36,6 +36,7 @@ from posttrain.plan.preparation import Preparation, is_needed, judge_preparation
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload, withdraw
+from posttrain.plan.references import foresee_end
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import is_commit
 from posttrain.plan.status import Says, Verdict, carry_facts, derive_events, next_status
@@ -62,6 +63,9 @@ from posttrain.settings import Settings
 
 Check = Callable[[Situation], Verdict | None]
 
+_REFERRED_PATIENCE = timedelta(minutes=1)
+"""How often a run that outlives its TTL looks whether others still refer to it."""
+
 
 def plan_training_run(run: TrainingRun, observed: Observed, *, now: datetime, settings: Settings) -> Plan:
     """Return what ought to be of `run`, from what is observed of it. Its args need not have been checked."""
@@ -87,13 +91,18 @@ def plan_training_run(run: TrainingRun, observed: Observed, *, now: datetime, se
     )
 
 
-def preview_training_run(run: TrainingRun, *, now: datetime, settings: Settings) -> tuple[Manifest, ...]:
+def preview_training_run(
+    run: TrainingRun, *, now: datetime, settings: Settings, beside: Sequence[TrainingRun] = ()
+) -> tuple[Manifest, ...]:
     """Return every object that a run begins with: its own, prepare's, the first attempt's.
 
-    Revisions that prepare would resolve stand in the first attempt's config as they are written in the spec. Only a
-    cluster knows the number of a workloadPriorityClass, and what the flavors of a queue ask of the pods.
+    Revisions that prepare would resolve stand in the first attempt's config as they are written in the spec, and the
+    model of another run where one of `beside`, or of only that name, will put it. Only a cluster knows the number of a
+    workloadPriorityClass, and what the flavors of a queue ask of the pods.
     """
-    observed = Observed(config_maps={})
+    reference = run.spec.model.run_ref
+    runs = {reference.name: foresee_end(reference.name, beside=beside)} if reference is not None else {}
+    observed = Observed(runs=runs)
     situation = Situation(run=run, status=run.status, observed=observed, now=now, settings=settings)
     prepare = prepare_children(situation) if is_needed(situation) else ()
     first = replace(situation, status=run.status.model_copy(update={"attempt": 1}))
@@ -120,6 +129,9 @@ def finished(situation: Situation) -> Verdict | None:
         return None
     ttl = situation.run.spec.ttl_seconds_after_finished
     expires = ended + timedelta(seconds=ttl) if ttl is not None else None
+    if expires is not None and situation.observed.referrers:
+        # Whoever starts from this model must still find it.
+        expires = max(expires, situation.now + _REFERRED_PATIENCE)
     return Verdict(
         stage=stage,
         succeeded=Says("Unknown", "Pending"),
@@ -186,6 +198,25 @@ def code_missing(situation: Situation) -> Verdict | None:
     message = f"waiting for the code: there is no ConfigMap {code.config_map_name}"
     if code.path is not None:
         message = f"waiting for the code: there is no folder {code.path}"
+    return _awaiting(message)
+
+
+def model_missing(situation: Situation) -> Verdict | None:
+    """The model is what another run ends with, and that one has not ended well yet."""
+    reference = situation.run.spec.model.run_ref
+    if reference is None or situation.provenance.model_source is not None:
+        return None
+    made = situation.referenced_run
+    if made is None:
+        return _awaiting(f"waiting for the model of run {reference.name}: there is no such run")
+    if made.failure is not None:
+        return refuse(situation, "ReferenceFailed", made.failure)
+    if not made.finished:
+        return _awaiting(f"waiting for the model of run {reference.name}, which is {made.stage}")
+    return None
+
+
+def _awaiting(message: str) -> Verdict:
     return Verdict(
         stage="Pending",
         accepted=Says("False", "ReferencePending", message),
@@ -466,6 +497,7 @@ _CHECKS: tuple[Check, ...] = (
     name_conflict,  # a child's name is taken
     child_rejected,  # the API server does not take a child
     code_missing,  # a reference does not resolve yet
+    model_missing,  # the run whose model it starts from has not ended well yet
     kueue_missing,  # the user asks for a queue, and there are none
     priority_class_missing,  # its priority does not resolve yet
     suspended_before_start,  # the user asked us to stop, and nothing ran yet

@@ -76,6 +76,10 @@ class Observed:
     """Children that the API server refused to take, with its words."""
     config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Data of ConfigMaps that the spec refers to (own code)."""
+    runs: Mapping[str, Manifest] = field(default_factory=dict)
+    """Runs that the spec refers to, by name, as far as they are there."""
+    referrers: tuple[str, ...] = ()
+    """Names of the runs that have not ended and refer to this one."""
     job_events: tuple[Manifest, ...] = ()
     """Events (core/v1) about the current attempt's job; they matter only while pods of its gang are missing."""
     kueue: bool = False

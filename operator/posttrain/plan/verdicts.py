@@ -65,6 +65,7 @@ def pin_spec(situation: Situation) -> ProvenanceStatus:
         update={
             "config_hash": situation.config_hash,
             "code_hash": code_hash(situation.code) if situation.code is not None else None,
+            "model_source": situation.model_source if situation.run.spec.model.run_ref is not None else None,
             "seed": seed if isinstance(seed, int) else None,
         }
     )

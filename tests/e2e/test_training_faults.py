@@ -119,7 +119,8 @@ def test_a_deleted_pod_costs_one_restart_from_the_checkpoint(run: ClusterRun) ->
     run.kubectl("delete", "pod", name, "--wait=false")
 
     ended = await_end(run)
-    assert (ended["failure"]["reason"], ended["failure"]["pod"]) == ("PodDeleted", name), ended["failure"]
+    assert ended["failure"]["reason"] == "PodDeleted"
+    assert name in ended["failure"]["message"]
     assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
     assert (ended["attempt"], ended["restarts"]["infrastructure"]) == (2, 1)
     assert ended["progress"]["step"] == STEPS

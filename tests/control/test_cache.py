@@ -10,6 +10,7 @@ import pytest
 from posttrain.control.cache import Cache, RunKey
 from posttrain.control.kinds import CONFIG_MAP, POD, PYTORCHJOB, SERVICE_ACCOUNT, TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
+from posttrain.control.wakes import PROMPT_SECONDS
 from posttrain.plan.types import Manifest
 
 DEMO: RunKey = ("team", "demo")
@@ -23,9 +24,12 @@ class Bells:
     def __init__(self) -> None:
         self.cache = Cache(on_change=self._rung_add)
         self._rung: list[RunKey] = []
+        self.patience: float | None = None
+        """Of the last one."""
 
-    def _rung_add(self, run: RunKey) -> None:
+    def _rung_add(self, run: RunKey, patience: float) -> None:
         self._rung.append(run)
+        self.patience = patience
 
     def rung(self) -> list[RunKey]:
         rung, self._rung = self._rung, []
@@ -263,11 +267,51 @@ def test_a_change_that_no_plan_reads_is_silent() -> None:
     bells.cache.put(build(version=10))
     bells.rung()
     noted = build(version=11)
-    noted["metadata"] |= {"annotations": {"a": "b"}, "managedFields": [{"manager": "x"}]}
+    noted["metadata"] |= {"annotations": {"a": "b"}}
     bells.cache.put(noted)
 
     assert bells.rung() == []
     assert bells.cache.children(DEMO) == [noted]
+
+
+def test_what_no_plan_reads_is_not_kept() -> None:
+    bells = Bells()
+    pod = build(POD, spec={"nodeName": "node-1", "containers": [{"name": "trainer"}]}, status={"phase": "Running"})
+    pod["metadata"]["managedFields"] = [{"manager": "kubelet"}]
+    bells.cache.put(pod)
+
+    assert bells.cache.children(DEMO) == [
+        build(POD, spec={"nodeName": "node-1"}, status={"phase": "Running"}),
+    ]
+
+
+ENDED = {"name": "trainer", "state": {"terminated": {"exitCode": 1}}}
+DISRUPTED = {"type": "DisruptionTarget", "status": "True"}
+
+
+@pytest.mark.parametrize(
+    ("child", "waits"),
+    [
+        (build(POD, status={"phase": "Pending"}), True),
+        (build(POD, status={"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]}), True),
+        (build(POD, status={"phase": "Running", "containerStatuses": [ENDED]}), False),
+        (build(POD, status={"phase": "Running", "conditions": [DISRUPTED]}), False),
+        (build(POD, status={"phase": "Failed"}), False),
+        (build(PYTORCHJOB, status={"conditions": [{"type": "Running", "status": "True"}]}), True),
+        (build(PYTORCHJOB, status={"conditions": [{"type": "Failed", "status": "True"}]}), False),
+        (build(CONFIG_MAP), False),
+    ],
+)
+def test_what_is_on_its_way_waits_for_more_of_it_and_what_ended_does_not(child: Manifest, waits: bool) -> None:
+    bells = Bells()
+    bells.cache.put(child)
+    assert bells.patience is not None
+    assert (bells.patience > PROMPT_SECONDS) == waits
+
+    child = deepcopy(child)
+    child["metadata"] |= {"resourceVersion": "11", "deletionTimestamp": "2026-03-01T09:00:00Z"}
+    bells.cache.put(child)
+    assert bells.patience == PROMPT_SECONDS
 
 
 def test_the_answer_to_a_write_of_ours_is_silent_and_so_is_the_watch_that_repeats_it() -> None:

@@ -774,9 +774,9 @@ def test_a_run_is_deleted_when_its_time_after_the_end_is_over() -> None:
     run_gang(bench)
     bench.others.complete_gang(1, result=COMPLETED)
     assert bench.settle() == 100
-    bench.wait(98)
-    assert bench.settle() == 2
-    bench.wait(2)
+    bench.wait(95)
+    assert bench.settle() == 5
+    bench.wait(5)
     bench.port.clear()
     bench.settle()
 

@@ -34,7 +34,7 @@ class Followed:
     def __init__(self, cluster: FakeCluster, *, seen_through: Cluster | None = None, kind: Kind = CONFIG_MAP) -> None:
         self.cluster = cluster
         self.rung: list[tuple[str, str]] = []
-        self.cache = Cache(on_change=self.rung.append)
+        self.cache = Cache(on_change=lambda run, _: self.rung.append(run))
         self._reflector = Reflector(
             seen_through or cluster, self.cache, kind, label_selector="posttrain.dev/run", resync_seconds=RESYNC
         )
@@ -74,7 +74,9 @@ def test_what_is_there_is_listed_and_what_comes_after_is_watched() -> None:
         await cluster.patch(key("demo-a1"), {"data": {"a": "2"}})
         await asyncio.sleep(1)
         assert followed.names() == ["demo-a1", "demo-a2"]
-        assert followed.cache.get(key("demo-a2")) == made
+        kept = followed.cache.get(key("demo-a2"))
+        assert kept is not None
+        assert (kept["metadata"]["uid"], kept["data"]) == (made["metadata"]["uid"], {"a": "1"})
         assert (followed.cache.get(key("demo-a1")) or {})["data"] == {"a": "2"}
         await cluster.delete(key("demo-a2"), uid=made["metadata"]["uid"])
         await asyncio.sleep(1)

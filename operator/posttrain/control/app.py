@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import gc
 import os
 import signal
 import socket
@@ -49,11 +51,31 @@ _IDENTITY = "posttrain"
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _RESTART_SECONDS = 1.0
 _RESTART_MAX_SECONDS = 30.0
+_GARBAGE_THRESHOLDS = 10_000, 5, 5
+"""Between two looks for cycles. Each look at a run makes thousands of objects, and hardly a cycle."""
+_END_SECONDS = 2.0
+"""How long the end of kopf is waited for: a term's work must have ended before another may lead."""
 
 log = structlog.get_logger(__name__)
 
 
 # --- kopf ------------------------------------------------------------------------------------------------------------
+
+
+class _NoDiffBase(kopf.DiffBaseStorage):
+    """What kopf compares objects with in order to call handlers of changes, of which there are none.
+
+    Its own would copy every object several times at each event: half of all that kopf does here.
+    """
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
 
 
 class KopfEdge:
@@ -86,13 +108,18 @@ class KopfEdge:
                     log.warning("kopf ended", error=self._ended)
                 finally:
                     self._started.clear()
-                    loop.call_soon_threadsafe(ended.set)
+                    with contextlib.suppress(RuntimeError):  # it took too long: the loop is closed already
+                        loop.call_soon_threadsafe(ended.set)
 
-            threading.Thread(target=watch, name="kopf", daemon=True).start()
+            thread = threading.Thread(target=watch, name="kopf", daemon=True)
+            thread.start()
             try:
                 await ended.wait()
             finally:
                 stop.set()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), _END_SECONDS)
+                    thread.join(_END_SECONDS)
             delay = _RESTART_SECONDS if loop.time() - started > 60 else min(delay * 2, _RESTART_MAX_SECONDS)
             log.warning("kopf is started again", seconds=delay)
             await asyncio.sleep(delay)
@@ -116,6 +143,7 @@ class KopfEdge:
         settings.posting.enabled = False
         settings.scanning.disabled = True
         settings.networking.error_backoffs = (1, 2, 4, 8)
+        settings.persistence.diffbase_storage = _NoDiffBase()
         # Between two watches, also where each is answered with 410: a tenth of a second would be a hot loop.
         settings.watching.reconnect_backoff = 1.0
         # It would kill the process, which is more than kopf here.
@@ -139,6 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the operator until it is told to stop; return the exit code."""
     options = _parse_options(argv)
     configure_logs(level=options.log_level)
+    # What has been loaded lives as long as the process: the collector need not go through it again and again.
+    gc.freeze()
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
     try:
         settings = load_settings(options.settings) if options.settings else Settings()
         return uvloop.run(_serve(options, settings))

@@ -3,7 +3,8 @@
 It owns the newest known state of each object and who is told of a change; it must not ask the cluster for anything, nor
 change an object.
 
-An object is kept as compressed JSON: a pod has ten kilobytes of it, and finished runs are many and seldom looked at.
+An object is kept as compressed JSON, and without what no plan reads: a pod has ten kilobytes of it, and finished runs
+are many and seldom looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import orjson
 
 from posttrain.control.kinds import POD, TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
-from posttrain.control.wakes import fingerprint
+from posttrain.control.wakes import PROMPT_SECONDS, fingerprint, patience_seconds
 from posttrain.plan import labels
 from posttrain.plan.manifests import is_being_deleted, pod_condition
 from posttrain.plan.types import Manifest
@@ -43,7 +44,8 @@ class _Entry:
 class Cache:
     """The objects by key, and those of a run by its label."""
 
-    def __init__(self, *, on_change: Callable[[RunKey], None]) -> None:
+    def __init__(self, *, on_change: Callable[[RunKey, float], None]) -> None:
+        """`on_change` is given the run, and for how many seconds others of its changes may be waited for."""
         self._on_change = on_change
         self._entries: dict[Kind, dict[tuple[str, str], _Entry]] = {}
         self._of_run: dict[RunKey, set[ObjectKey]] = {}
@@ -125,7 +127,7 @@ class Cache:
             self._run_of[key] = run
             self._of_run.setdefault(run, set()).add(key)
         if not own and (known is None or (known.uid, known.wakes) != (uid, wakes)):
-            self._on_change(run)
+            self._on_change(run, patience_seconds(manifest))
 
     def drop(self, manifest: Manifest) -> None:
         """Take an object as gone, given its last state: deleted, or without the label that the watch selects by."""
@@ -196,7 +198,7 @@ class Cache:
             owned.discard(key)
             if not owned:
                 del self._of_run[run]
-        self._on_change(run)
+        self._on_change(run, PROMPT_SECONDS)
 
     def _note_reference(self, run: RunKey, manifest: Manifest | None) -> None:
         known = self._refers_to.pop(run, None)
@@ -213,7 +215,7 @@ class Cache:
     def _tell_referrers(self, run: RunKey) -> None:
         """Whoever writes it: what was no news for the run itself is what others wait for."""
         for referrer in self._referrers.get(run, ()):
-            self._on_change(referrer)
+            self._on_change(referrer, PROMPT_SECONDS)
 
 
 def _run_of(key: ObjectKey, manifest: Manifest) -> RunKey | None:
@@ -234,7 +236,12 @@ def _attempt_of(pod: Manifest) -> str | None:
 
 
 def _pack(manifest: Manifest) -> bytes:
-    return zlib.compress(orjson.dumps(manifest), level=1)
+    metadata = {name: value for name, value in manifest["metadata"].items() if name != "managedFields"}
+    kept = {**manifest, "metadata": metadata}
+    if (manifest["apiVersion"], manifest["kind"]) == POD and "spec" in manifest:
+        # What a pod is to run is its job's business; where it runs, and how it is, are its own.
+        kept["spec"] = {name: value for name, value in manifest["spec"].items() if name == "nodeName"}
+    return zlib.compress(orjson.dumps(kept), level=1)
 
 
 def _unpack(packed: bytes) -> Manifest:

@@ -5,7 +5,6 @@ It owns that comparison, over the plan's fields alone: what the API server fille
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from posttrain.plan.quantities import parse_quantity
@@ -21,8 +20,11 @@ def has_drifted(observed: Manifest, *, wanted: Manifest) -> bool:
 
 
 def _holds(observed: Any, wanted: Any) -> bool:
-    if isinstance(wanted, Mapping):
-        return isinstance(observed, Mapping) and all(
+    # Most of an object is just as it is wanted: two equal parts are told by one comparison. Both sides are JSON data.
+    if observed == wanted:
+        return True
+    if isinstance(wanted, dict):
+        return isinstance(observed, dict) and all(
             _holds_field(name, observed.get(name), value) for name, value in wanted.items()
         )
     if isinstance(wanted, list):
@@ -31,14 +33,14 @@ def _holds(observed: Any, wanted: Any) -> bool:
             and len(observed) == len(wanted)
             and all(_holds(there, value) for there, value in zip(observed, wanted, strict=True))
         )
-    return bool(observed == wanted)
+    return False
 
 
 def _holds_field(name: str, observed: Any, wanted: Any) -> bool:
     if name == "ownerReferences":
         known = {reference.get("uid"): reference for reference in observed or ()}
         return all(_holds(known.get(reference["uid"]), reference) for reference in wanted)
-    if name in _QUANTITIES and isinstance(wanted, Mapping) and isinstance(observed, Mapping):
+    if name in _QUANTITIES and isinstance(wanted, dict) and isinstance(observed, dict):
         return observed.keys() >= wanted.keys() and all(
             parse_quantity(str(observed[resource])) == parse_quantity(str(amount))
             for resource, amount in wanted.items()

@@ -26,8 +26,6 @@ from posttrain.plan import labels
 from posttrain.settings import Settings
 
 _POLL_SECONDS = 0.05
-_COALESCE_SECONDS = 0.1
-"""What happens to a run's pods comes in bursts: one look at the end of it sees all of it."""
 _LIST_BACKOFF_SECONDS = 2.0
 
 log = structlog.get_logger(__name__)
@@ -52,7 +50,7 @@ class Operator:
         self._settings = settings
         self._edge = edge
         self.queue: WorkQueue[RunKey] = WorkQueue(clock=LoopClock())
-        self.cache = Cache(on_change=lambda run: self.queue.add_after(run, _COALESCE_SECONDS))
+        self.cache = Cache(on_change=self.queue.add_after)
         self._reconciler = Reconciler(
             cluster,
             self.cache,

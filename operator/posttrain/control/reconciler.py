@@ -52,7 +52,7 @@ _REFERENCE_SECONDS = 15.0
 _FLAVOR_SECONDS = 5.0
 """A run that waits for a flavor holds its quota all the while."""
 _PREDECESSOR_SECONDS = 2.0
-_MADE_SECONDS = 1.0
+_MADE_SECONDS = 3.0
 _PATIENCE = timedelta(seconds=30)
 """How long a job may take to make its pods before its events are asked why."""
 
@@ -364,13 +364,11 @@ def _parse(manifest: Manifest) -> TrainingRun:
     Raises:
         InvalidResource: today's schema does not accept it; with every problem.
     """
-    metadata = {name: value for name, value in manifest["metadata"].items() if name != "managedFields"}
-    stored = {**manifest, "metadata": metadata}
     try:
-        return TrainingRun.model_validate_json(orjson.dumps(stored), by_alias=True, by_name=False)
+        return TrainingRun.model_validate_json(orjson.dumps(manifest), by_alias=True, by_name=False)
     except ValidationError as error:
         # The same words that a person gets who validates the file.
-        parse_training_run({name: value for name, value in stored.items() if name != "status"})
+        parse_training_run({name: value for name, value in manifest.items() if name != "status"})
         raise InvalidResource(tuple(Problem(path="status", message=item["msg"]) for item in error.errors())) from None
 
 

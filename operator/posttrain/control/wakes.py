@@ -1,7 +1,7 @@
-"""Which changes of an object set a plan in motion.
+"""Which changes of an object set a plan in motion, and how soon.
 
-It owns what of each kind a plan acts upon at once; it must not judge it. What is left out is read all the same when
-the run is looked at for another reason: a beat of a run that trains, or a pod's address, is none.
+It owns what of each kind a plan acts upon, and what of that can wait; it must not judge it. What is left out is read
+all the same when the run is looked at for another reason: a beat of a run that trains, or a pod's address, is none.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ _SILENT_PROGRESS = frozenset(
 """The stall check reads the beat when its own time has come."""
 _POD_CONDITIONS = frozenset({"PodScheduled", "DisruptionTarget"})
 _POD_STATUS = ("phase", "reason", "message", "startTime")
+
+PROMPT_SECONDS = 0.1
+"""What happens comes in bursts: one look at the end of one sees all of it."""
+_STARTING_SECONDS = 2.0
+"""A gang that starts changes a dozen times on its way, and nothing is to be done about it."""
+_RUNNING_SECONDS = 1.0
+_JOB_ENDS = frozenset({"Succeeded", "Failed", "Complete"})
 
 
 def fingerprint(manifest: Manifest) -> int:
@@ -79,3 +86,24 @@ def _pod(manifest: Manifest, status: dict[str, Any]) -> list[Any]:
 
 def _state(state: dict[str, Any]) -> list[Any]:
     return [state.get("waiting"), state.get("terminated")]
+
+
+def patience_seconds(manifest: Manifest) -> float:
+    """Return for how long a change to this state may wait for others; what has ended or is to go waits for nothing."""
+    status, kind = manifest.get("status") or {}, (manifest["apiVersion"], manifest["kind"])
+    if manifest["metadata"].get("deletionTimestamp") is not None:
+        return PROMPT_SECONDS
+    if kind == POD:
+        if _has_ended_in_part(status):
+            return PROMPT_SECONDS
+        return {"Pending": _STARTING_SECONDS, "Running": _RUNNING_SECONDS}.get(status.get("phase", ""), PROMPT_SECONDS)
+    if kind in (PYTORCHJOB, JOB):
+        true = {condition.get("type") for condition in status.get("conditions") or () if condition["status"] == "True"}
+        return PROMPT_SECONDS if true & _JOB_ENDS else _STARTING_SECONDS
+    return PROMPT_SECONDS
+
+
+def _has_ended_in_part(status: dict[str, Any]) -> bool:
+    disrupted = any(condition.get("type") == "DisruptionTarget" for condition in status.get("conditions") or ())
+    ended = any("terminated" in (one.get("state") or {}) for one in status.get("containerStatuses") or ())
+    return disrupted or ended

@@ -108,7 +108,7 @@ def build_config_map(
     if deepspeed is not None:
         data[DEEPSPEED_FILE] = json.dumps(deepspeed, indent=2, sort_keys=True) + "\n"
     if job is not None:
-        data[JOB_FILE] = json.dumps(job, indent=2, sort_keys=True) + "\n"
+        data[JOB_FILE] = json.dumps(job, sort_keys=True, separators=(",", ":"))
     run_name = run.metadata.name
     return {
         "apiVersion": "v1",

@@ -101,8 +101,12 @@ def main() -> None:
         guards.add(pid)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         connection.close()
+    # Blocked, so that none ends between the look and the wait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    _reap(guards)
     while guards:
-        signal.pause()
+        signal.sigwait({signal.SIGCHLD})
+        _reap(guards)
 
 
 def _be_guard(connection: socket.socket, control: socket.socket) -> None:

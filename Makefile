@@ -8,8 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.posttrain-setup
 # Everything that `make generate` writes, and nothing else.
-GENERATED := charts/posttrain/values.schema.json crds docs/reasons.md docs/settings.md docs/trainingrun.md \
-  operator/posttrain/api/tables $(wildcard images/*/requirements*.txt)
+GENERATED := charts/posttrain/values.schema.json crds docs/reasons.md docs/rewards.md docs/settings.md \
+  docs/trainingrun.md operator/posttrain/api/tables $(wildcard images/*/requirements*.txt)
 
 LOCK_ONLY := --no-dev --no-emit-project --format requirements.txt
 EXPORT_VLLM := $(VENV)/bin/uv export --locked --project images/vllm --no-emit-package posttrain $(LOCK_ONLY)

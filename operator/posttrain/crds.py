@@ -30,7 +30,7 @@ from posttrain.api.training_run import (
     TrainingRun,
     TrainingRunSpec,
 )
-from posttrain.reference import render_reasons, render_training_run
+from posttrain.reference import render_reasons, render_rewards, render_training_run
 
 HEADER = "# Generated from the models in operator/posttrain/api by `make generate`: edit those.\n"
 IMMUTABLE = "cannot change while the run lives: give the changed run another name, or delete this one first"
@@ -61,6 +61,7 @@ def generated_files() -> dict[str, str]:
     return {
         f"crds/{GROUP}_{PLURAL}.yaml": HEADER + dump_document(build_crd()),
         "docs/reasons.md": render_reasons(),
+        "docs/rewards.md": render_rewards(),
         "docs/trainingrun.md": render_training_run(),
     }
 

@@ -11,6 +11,7 @@ from posttrain.api.args import load_table
 from posttrain.api.base import API_VERSION
 from posttrain.api.explain import describe_field
 from posttrain.api.reasons import REASONS
+from posttrain.api.rewards import REWARDS, RewardInfo
 from posttrain.api.schema import Node, resource_schema
 from posttrain.api.spelling import join_names, write_value
 from posttrain.api.training_run import (
@@ -36,6 +37,54 @@ def render_reasons() -> str:
         if reason.advice:
             lines += ["", f"What to do: {reason.advice}"]
     return "\n".join(lines) + "\n"
+
+
+def render_rewards() -> str:
+    """Return docs/rewards.md."""
+    lines = [
+        _GENERATED,
+        "# Rewards",
+        "",
+        "What a completion can be rewarded for: the names that `spec.grpo.rewards[].name` takes, with their `params`. "
+        "Values are those of the rewards of the same name in open-r1 at its last commit, but for the differences that "
+        "are listed.",
+        "",
+        "A reward gives each completion a number, or nothing where it cannot score it: then the other rewards alone "
+        "count. A completion is the text of the model's last message. Lengths are in characters where nothing else is "
+        "said.",
+        "",
+        "Mathematical answers (`accuracy`, `length`, `cosine`) are compared by math-verify in processes of their own, "
+        "one a processor. An answer on which one of them spends a second of processor time is wrong; the process is "
+        "replaced, and the other answers keep their grades. The same answer to the same solution is graded once. Only "
+        "a marked answer counts: in a box, or in LaTeX after words such as `The final answer is`.",
+    ]
+    for info in REWARDS.values():
+        lines += ["", f'<a id="{info.name}"></a>', "", f"## {info.name}", "", info.description, *_reward_needs(info)]
+        if info.params:
+            lines += ["", "| parameter | takes | default | meaning |", "|---|---|---|---|"]
+            lines += [
+                f"| `{param.name}` | {param.expected} | `{write_value(param.default)}` | {param.description} |"
+                for param in info.params
+            ]
+        if info.differences:
+            lines += ["", "Other than in open-r1:", "", *(f"- {text}" for text in info.differences)]
+    return "\n".join(lines) + "\n"
+
+
+def _reward_needs(info: RewardInfo) -> Iterator[str]:
+    needs = [f"the column `{name}`" for name in info.columns]
+    if info.needs_sandbox:
+        needs.append("a sandbox to run programs in")
+    if info.compares_group:
+        needs.append(
+            "all completions of a prompt on one rank (`per_device_train_batch_size` times `steps_per_generation` is a "
+            "multiple of `num_generations`)"
+        )
+    if needs:
+        yield from ("", f"Needs {join_names(needs)}.")
+    if info.optional_columns:
+        names = join_names([f"`{name}`" for name in info.optional_columns])
+        yield from ("", f"Looks at {names} where the dataset has such a column.")
 
 
 def render_training_run() -> str:

@@ -123,7 +123,10 @@ def launcher(argument: str, *, before: str = "") -> str:
 
 def start_and_fail(argument: str, *, work: Path, before: str = "") -> tuple[int, str]:
     process = start_sandbox([], work=work, command=("-c", launcher(argument, before=before)))
-    _, error = process.communicate(timeout=SECONDS)
+    try:
+        _, error = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
     return process.returncode, error
 
 

@@ -57,6 +57,8 @@ class RewardInfo:
     """It compares the completions of one prompt, so every rank must hold whole groups of them."""
     needs_sandbox: bool = False
     """It runs code out of the completions."""
+    differences: tuple[str, ...] = ()
+    """Where it gives something else than open-r1's reward of the same name."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class RewardProblem:
 
 
 _MAX_LENGTH = 10_000_000
+_BARE_SOLUTION = (
+    "a solution without LaTeX, as a bare 6, is read as by accuracy, and not left as one that cannot be parsed"
+)
 _TEST_BATCH_SIZE = RewardParam(
     name="test_batch_size",
     type="integer",
@@ -88,18 +93,19 @@ REWARDS: Mapping[str, RewardInfo] = {
         ),
         RewardInfo(
             name="format",
-            description="1 if the completion is reasoning between <think> and </think> and then an answer between "
-            "<answer> and </answer>, each tag on a line of its own, else 0.",
+            description="1 if the completion is reasoning between `<think>` and `</think>` and then an answer between "
+            "`<answer>` and `</answer>`, each tag on a line of its own, else 0.",
         ),
         RewardInfo(
             name="tag_count",
-            description="A quarter for each of the four tags <think>, </think>, <answer> and </answer> that stands "
-            "exactly once, with its line breaks.",
+            description="A quarter for each of the four tags `<think>`, `</think>`, `<answer>` and `</answer>` that "
+            "stands exactly once, with its line breaks.",
         ),
         RewardInfo(
             name="reasoning_steps",
             description="A third for each sign of a step (`Step 1:`, a numbered or a bulleted line, `First,`, "
             "`Second,`, `Next,`, `Finally,`), at most 1.",
+            differences=("a number counts at the begin of each line, not only of the first",),
         ),
         RewardInfo(
             name="length",
@@ -107,6 +113,11 @@ REWARDS: Mapping[str, RewardInfo] = {
             "a wrong answer gets at most 0.",
             columns=("solution",),
             compares_group=True,
+            differences=(
+                "completions are compared with those of the same row, not with all that are rewarded at the same time",
+                "a solution that cannot be parsed gives nothing, not the reward of a right answer",
+                _BARE_SOLUTION,
+            ),
         ),
         RewardInfo(
             name="cosine",
@@ -146,6 +157,12 @@ REWARDS: Mapping[str, RewardInfo] = {
                     maximum=_MAX_LENGTH,
                     description="The number of characters beyond which length changes nothing more.",
                 ),
+            ),
+            differences=(
+                "it stays at its bound beyond max_len, where the curve comes back, to the full reward at twice that",
+                "min_value_wrong is -1.0 by default, as documented there, not 0.0",
+                "a solution that cannot be parsed gives nothing, not 1.0",
+                _BARE_SOLUTION,
             ),
         ),
         RewardInfo(
@@ -219,28 +236,43 @@ REWARDS: Mapping[str, RewardInfo] = {
             description="The share of the row's tests that the program in the completion passes.",
             columns=("verification_info",),
             needs_sandbox=True,
+            differences=(
+                "the whole output is compared, not the lines that both have",
+                "a test that takes too long fails alone, and not all tests with it",
+                "a sandbox that does not answer gives nothing, not 0",
+            ),
         ),
         RewardInfo(
             name="binary_code",
             description="1 if the program in the completion passes all of the row's tests, else 0.",
             columns=("verification_info",),
             needs_sandbox=True,
+            differences=("as code",),
         ),
         RewardInfo(
             name="ioi_code",
             description="The score of the C++ program in the completion on a subtask of the International Olympiad in "
             "Informatics: the lowest over its tests.",
-            columns=("id", "test_names", "grader_files", "time_limit", "memory_limit", "score_precision"),
-            optional_columns=("year", "test_cases"),
+            columns=(
+                *("id", "test_names", "test_cases", "grader_files", "time_limit", "memory_limit"),
+                "score_precision",
+            ),
             params=(_TEST_BATCH_SIZE,),
             needs_sandbox=True,
+            differences=(
+                "a test_batch_size of -1 runs all tests at once, not none",
+                "a sandbox that does not answer gives nothing, not 0",
+            ),
         ),
         RewardInfo(
             name="cf_code",
             description="The score of the program in the completion on the tests of a Codeforces problem; -1 without "
             "a program, -0.1 where it does not compile.",
             columns=("language", "official_tests", "time_limit", "memory_limit", "input_mode"),
-            optional_columns=("contest_id", "generated_checker", "generated_tests"),
+            optional_columns=(
+                *("id", "contest_id", "generated_checker", "generated_tests"),
+                "official_tests_complete",
+            ),
             params=(
                 _TEST_BATCH_SIZE,
                 RewardParam(
@@ -253,6 +285,7 @@ REWARDS: Mapping[str, RewardInfo] = {
                 ),
             ),
             needs_sandbox=True,
+            differences=("a sandbox that does not answer gives nothing, and does not fail the test",),
         ),
     )
 }

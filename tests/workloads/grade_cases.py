@@ -1,0 +1,235 @@
+"""Grade in the trainer's environment, and tell what was found.
+
+    python grade_cases.py CASES.json OUT.json
+
+CASES maps a name to `{reward, completions, params, columns}`; OUT maps it to the rewards. Further entries of OUT are
+what the functions below, by their names, found of the pool of graders.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from posttrain_workloads.rewards import build
+from posttrain_workloads.rewards.grading import GradingFailed, GradingPool, shared_pool
+
+PATHOLOGICAL = (r"9^{9^{9}}", r"(10^{8})!", r"\sum_{k=1}^{10^9} \frac{1}{k^2}", "(" * 400 + "x" + ")" * 400)
+HOLDER = """
+import sys
+from posttrain_workloads.rewards.grading import GradingPool
+pool = GradingPool(1, cpu_seconds=60.0)
+pool.grade("accuracy", ["1"], [r"\\boxed{1}"])
+print("ready", flush=True)
+pool.grade("accuracy", ["1"], [r"\\boxed{9^{9^{9}}}"])
+sys.stdin.read()
+"""
+
+
+def main() -> None:
+    cases, out = (Path(argument) for argument in sys.argv[1:])
+    found: dict[str, Any] = {}
+    for name, case in json.loads(cases.read_text()).items():
+        count = len(case["completions"])
+        reward = build(case["reward"], **case.get("params", {}))
+        found[name] = reward(["p"] * count, case["completions"], [[]] * count, **case.get("columns", {}))
+    found["imported"] = sorted({"torch", "transformers", "math_verify", "sympy"} & sys.modules.keys())
+    for check in (threads, pathological, killed_worker, killed_server, killed_holder, forked, closed, shortcuts):
+        found[check.__name__] = check()
+    out.write_text(json.dumps(found))
+
+
+def threads() -> list[list[bool | None]]:
+    """What four threads were told that grade with one pool of two at the same time, each other things."""
+    pool = GradingPool(2)
+    told: list[list[bool | None]] = [[] for _ in range(4)]
+
+    def grade(number: int) -> None:
+        golds = [f"${number}$", "$7$"] * 3
+        told[number] = pool.grade("accuracy", golds, [rf"\boxed{{{number}}}"] * 6)
+
+    run_all([threading.Thread(target=grade, args=(number,)) for number in range(4)])
+    pool.close()
+    return told
+
+
+def pathological() -> dict[str, list[bool | None]]:
+    """Grades of answers that never end, with neighbours before and after, by one worker and by two."""
+    told = {}
+    for workers in (1, 2):
+        pool = GradingPool(workers, cpu_seconds=0.3)
+        answers = [r"\boxed{5}", *(rf"\boxed{{{answer}}}" for answer in PATHOLOGICAL), r"\boxed{5}", r"\boxed{6}"]
+        told[str(workers)] = pool.grade("accuracy", ["$5$"] * len(answers), answers)
+        pool.close()
+    return told
+
+
+def killed_worker() -> list[Any]:
+    """What is said of an answer whose worker is killed, by somebody else, and what of those after it."""
+    others = workers_below(os.getpid())
+    pool = GradingPool(1, cpu_seconds=30.0)
+    pool.grade("accuracy", ["1"], [r"\boxed{1}"])
+    [(worker, _)] = workers_below(os.getpid()) - others
+    failure: list[str] = []
+
+    def grade() -> None:
+        try:
+            pool.grade("accuracy", ["0", "1"], [r"\boxed{2}", r"\boxed{9^{9^{9}}}"])
+        except GradingFailed as error:
+            failure.extend([str(error), str(error.index)])
+
+    thread = threading.Thread(target=grade)
+    used = cpu_ticks(worker)
+    thread.start()
+    wait(lambda: cpu_ticks(worker) > used + 20)  # it is at the second answer
+    os.kill(worker, signal.SIGKILL)
+    thread.join()
+    after = pool.grade("accuracy", ["0", "1"], [r"\boxed{2}", r"\boxed{1}"])
+    pool.close()
+    return [*failure, after]
+
+
+def killed_server() -> list[bool | None]:
+    """Grades after the process that forks the workers was killed."""
+    others = workers_below(os.getpid())
+    pool = GradingPool(2)
+    pool.grade("accuracy", ["1"], [r"\boxed{1}"])
+    [(_, server)] = workers_below(os.getpid()) - others
+    os.kill(server, signal.SIGKILL)
+    grades = pool.grade("accuracy", ["2", "3"], [r"\boxed{2}", r"\boxed{2}"])
+    pool.close()
+    return grades
+
+
+def killed_holder() -> list[int]:
+    """The graders that are left of a process that was killed while they graded."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdin is not None
+    assert process.stdout.readline() == b"ready\n"
+    [processes] = workers_below(process.pid)
+    used = cpu_ticks(processes[0])
+    wait(lambda: cpu_ticks(processes[0]) > used + 20)  # it is at the answer that never ends
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    wait(lambda: not any(map(lives, processes)))
+    return [pid for pid in processes if lives(pid)]
+
+
+def forked() -> int:
+    """The exit code of a fork that grades, after its parent did: 0 if it was told the truth."""
+    shared_pool().grade("accuracy", ["1"], [r"\boxed{1}"])
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            pool = shared_pool()
+            code = int(pool.grade("accuracy", ["4", "4"], [r"\boxed{4}", r"\boxed{5}"]) != [True, False])
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def closed() -> list[Any]:
+    """Which processes are left of a pool that is closed, and what it then says."""
+    others = workers_below(os.getpid())
+    pool = GradingPool(1)
+    pool.grade("accuracy", ["1"], [r"\boxed{1}"])
+    [processes] = workers_below(os.getpid()) - others
+    pool.close()
+    try:
+        pool.grade("accuracy", ["3"], [r"\boxed{1}"])
+    except RuntimeError as error:
+        return [[pid for pid in processes if lives(pid)], str(error)]
+    return []
+
+
+FRAGMENTS = (
+    *("\n", "\n\n", " ", ", ", "and ", "or ; ", "$", "$$", r"\[", r"\]", r"\(", r"\)", "{", "}", "5", "x=3", "%"),
+    *(r"\boxed{", r"\boxed{1}", r"\boxed{\frac{1}{3}}", r"\boxed {6}", r"\boxed 5", r"\fbox{7}", r"\fbox", r"\$"),
+    *(r"$\boxed{9}$", r"$$\boxed{8}$$", r"\[ \boxed{4} \]", " [4] ", "$6$. I hope", "I hope", "final answer is\n"),
+    *("The final answer is: ", "answer: ", "</think>", "we see that the longer text goes on for quite some time here "),
+)
+
+
+def shortcuts() -> dict[str, Any]:
+    """Texts of which a part is said to decide, and those of them of which it does not."""
+    sys.path.insert(0, str(Path(sys.modules["posttrain_workloads.rewards.grading"].__file__ or "").parent))
+    from math_verify import parse
+
+    from posttrain_workloads.rewards.grader import answer_config
+    from posttrain_workloads.rewards.shortcut import deciding_part
+
+    logging.disable()
+    draw = random.Random(20)
+    short, wrong = 0, []
+    while short < 300:
+        reasoning, answer, end = (draw.choices(FRAGMENTS, k=draw.randrange(most)) for most in (12, 6, 5))
+        box = draw.choice([r"\boxed{3}", r"$\boxed{3}$", r"$$\boxed{3}$$", r"\[\boxed{3}\]"])
+        text = "".join([*reasoning, "</think>", *answer, draw.choice(["\n", "\nso "]), box, *end])
+        part = deciding_part(text)
+        if part == text:
+            continue
+        short += 1
+        for boxed in ("all", True):
+            parsed = [repr(parse(one, answer_config(boxed), extraction_mode="first_match")) for one in (text, part)]
+            if parsed[0] != parsed[1]:
+                wrong.append([text, part, *parsed])
+    return {"short": short, "wrong": wrong}
+
+
+# --- Processes --------------------------------------------------------------------------------------------------------
+
+
+def workers_below(pid: int) -> set[tuple[int, int]]:
+    """Return each process two below `pid`, with the one between."""
+    return {(worker, server) for server in children(pid) for worker in children(server)}
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def cpu_ticks(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        threading.Event().wait(0.02)
+
+
+def run_all(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -115,9 +115,12 @@ def test_a_deleted_pod_costs_one_restart_from_the_checkpoint(run: ClusterRun) ->
     start(run, slow())
     await_checkpoint(run)
 
-    run.kubectl("delete", "pod", run.pods(attempt=1)[1]["metadata"]["name"], "--wait=false")
+    name = run.pods(attempt=1)[1]["metadata"]["name"]
+    run.kubectl("delete", "pod", name, "--wait=false")
 
     ended = await_end(run)
+    assert ended["failure"]["reason"] == "PodDeleted"
+    assert name in ended["failure"]["message"]
     assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
     assert (ended["attempt"], ended["restarts"]["infrastructure"]) == (2, 1)
     assert ended["progress"]["step"] == STEPS

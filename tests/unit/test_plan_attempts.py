@@ -313,7 +313,21 @@ def test_a_pod_that_was_deleted_is_named_before_what_followed_from_it() -> None:
             None,
             "demo-a1-worker-0",
         )
-        assert cause.message == "attempt 1, pod demo-a1-worker-0 on node node-1: it was deleted while the gang ran"
+        assert cause.message == "attempt 1: pod demo-a1-worker-0 was deleted while the gang ran"
+
+
+def test_pods_that_were_deleted_within_one_second_are_all_named_with_what_the_job_says() -> None:
+    pods = [deleted(build_pod("demo", node=node), at_second=98) for node in (0, 1)]
+    job = ended_status("Failed", at_time=at(98), message="1 Worker replica(s) failed")
+
+    cause = find_cause(gang(pods, job=job), now=at(99))
+
+    assert cause is not None
+    assert (cause.reason, cause.pod) == ("PodDeleted", None)
+    assert cause.message == (
+        "attempt 1: pods demo-a1-master-0, demo-a1-worker-0 were deleted at once while the gang ran "
+        "(the job says: 1 Worker replica(s) failed)"
+    )
 
 
 def test_a_pod_that_was_deleted_when_another_had_failed_is_no_cause() -> None:

@@ -185,25 +185,24 @@ def _disrupted(gang: Gang, *, now: datetime) -> Cause | None:
 def _deleted(gang: Gang) -> Cause | None:
     """Return which pod somebody deleted before any other had ended: the others of its gang go because of that.
 
-    Its node has nothing to do with it.
+    Its node has nothing to do with it. The training operator may delete the others within the same second, the unit of
+    these times: then all of them are named, and what the job says.
     """
-    requested = {
-        pod["metadata"]["name"]: (time, pod)
-        for pod in (*gang.departed, *gang.pods)
-        if (time := deletion_requested(pod)) is not None
-    }
+    pods = (*gang.departed, *gang.pods)
+    requested = {pod["metadata"]["name"]: time for pod in pods if (time := deletion_requested(pod)) is not None}
     if not requested:
         return None
-    time, first = min(requested.values(), key=lambda deletion: deletion[0])
+    first = min(requested.values())
     ends = [end for pod in gang.pods if not is_being_deleted(pod) and (end := _finished_at(pod)) is not None]
-    if ends and min(ends) < time:
+    if ends and min(ends) < first:
         return None
-    return Cause(
-        reason="PodDeleted",
-        message=_message(gang, first, "it was deleted while the gang ran"),
-        budget="infrastructure",
-        pod=first["metadata"]["name"],
-    )
+    deleted = sorted(name for name, time in requested.items() if time == first)
+    message = f"attempt {gang.attempt}: pod {deleted[0]} was deleted while the gang ran"
+    if len(deleted) > 1:
+        said = f" (the job says: {gang.job.message})" if gang.job is not None and gang.job.message else ""
+        message = f"attempt {gang.attempt}: pods {', '.join(deleted)} were deleted at once while the gang ran{said}"
+    pod = deleted[0] if len(deleted) == 1 else None
+    return Cause(reason="PodDeleted", message=message, budget="infrastructure", pod=pod)
 
 
 def _ended_without_result(gang: Gang) -> Cause:

@@ -153,12 +153,12 @@ def train_plainly(config: Any, *, environ: Mapping[str, str]) -> None:
     import torch.distributed as dist
     from trl import SFTConfig, SFTTrainer
 
-    from posttrain_workloads.arguments import sft_args
+    from posttrain_workloads.arguments import training_args
     from posttrain_workloads.data import load_mixture
     from posttrain_workloads.model import load_model, load_tokenizer
     from posttrain_workloads.owncode import build_callbacks
 
-    args = SFTConfig(**{**sft_args(config, environ=environ), "save_total_limit": 2})
+    args = SFTConfig(**{**training_args(config, environ=environ), "save_total_limit": 2})
     trainer = SFTTrainer(
         model=load_model(config, environ=environ),
         args=args,

@@ -27,18 +27,22 @@ _PARALLELISM = "write spec.parallelism.strategy (and spec.parallelism.config for
 _HUB = "publishing to the Hub is not supported yet: the trained model is a folder, upload that"
 _NO_EFFECT = "it has no effect on a TrainingRun: leave it out"
 
-# Keys that posttrain sets itself. The value completes "<key> is set by posttrain: ...".
+_ROLLOUT = "it follows from spec.grpo.rollout"
+_MOVING_REFERENCE = (
+    "checkpoints hold no reference model that moves, so a restart could not go on with it: leave it out, and write "
+    "beta alone"
+)
+
+# Keys that posttrain sets itself, in every class. The value completes "<key> is set by posttrain: ...".
 OWNED = {
     "auto_find_batch_size": "a run keeps its batch size: when memory does not suffice, write a smaller "
     "per_device_train_batch_size and more gradient_accumulation_steps",
-    "chat_template_path": "write the template into spec.model.chatTemplate",
     "ddp_backend": "it follows from the resources: NCCL on GPUs, gloo on CPUs",
     "deepspeed": _PARALLELISM,
     "do_eval": f"{_NO_EFFECT}, and write eval_strategy with spec.evalDatasets or spec.testFraction",
     "do_predict": _NO_EFFECT,
     "do_train": _NO_EFFECT,
     "enable_jit_checkpoint": f"{_CHECKPOINTS}, also when a pod is told to end",
-    "eos_token": "write spec.model.eosToken",
     "fsdp": _PARALLELISM,
     "fsdp_config": _PARALLELISM,
     "hub_always_push": _HUB,
@@ -71,11 +75,10 @@ DEPRECATED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "label_smoothing_factor": None,
-    "pad_token": None,
     "use_liger_kernel": None,
 }
 
-# Keys of older releases, of other classes and of open-r1's recipes, which SFTConfig does not have.
+# Keys of older releases, of other libraries and of open-r1's recipes, which no class has.
 ELSEWHERE = {
     "attn_implementation": "write spec.model.attnImplementation",
     "chat_template": "write spec.model.chatTemplate",
@@ -95,7 +98,6 @@ ELSEWHERE = {
     "lora_r": "write spec.peft.rank",
     "lora_target_modules": "write spec.peft.targetModules",
     "lr": "it is called learning_rate",
-    "max_seq_length": "it is called max_length now",
     "model_name_or_path": "write spec.model.source",
     "model_revision": "write spec.model.revision",
     "no_cuda": OWNED["use_cpu"],
@@ -113,6 +115,84 @@ ELSEWHERE = {
     "warmup_ratio": "write warmup_steps: a value below 1 is a share of all steps",
 }
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A class of TRL, and what is said of its keys alone."""
+
+    class_name: str
+    owned: dict[str, str]
+    deprecated: dict[str, str | None]
+    elsewhere: dict[str, str]
+    choices: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """The values of keys that the class takes any text for, and only its trainer refuses at some step."""
+
+
+_TO_GROUP = "write spec.grpo.rewards, each with its name, weight and params"
+
+TABLES_BY_NAME = {
+    "sft_config": Table(
+        class_name="SFTConfig",
+        owned=OWNED
+        | {
+            "chat_template_path": "write the template into spec.model.chatTemplate",
+            "eos_token": "write spec.model.eosToken",
+        },
+        deprecated=DEPRECATED | {"pad_token": None},
+        elsewhere=ELSEWHERE | {"max_seq_length": "it is called max_length now"},
+    ),
+    "grpo_config": Table(
+        class_name="GRPOConfig",
+        owned=OWNED
+        | {
+            "log_completions_hub_repo": _HUB,
+            "ref_model_mixup_alpha": _MOVING_REFERENCE,
+            "ref_model_sync_steps": _MOVING_REFERENCE,
+            "reward_weights": "write spec.grpo.rewards[].weight",
+            "sync_ref_model": _MOVING_REFERENCE,
+            "use_vllm": _ROLLOUT,
+            "vllm_group_port": _ROLLOUT,
+            "vllm_mode": _ROLLOUT,
+            "vllm_server_base_url": _ROLLOUT,
+            "vllm_server_host": _ROLLOUT,
+            "vllm_server_port": _ROLLOUT,
+            "vllm_server_timeout": _ROLLOUT,
+        },
+        deprecated=DEPRECATED
+        | {
+            "use_transformers_paged": "use_transformers_continuous_batching",
+            "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+        },
+        elsewhere=ELSEWHERE
+        | {
+            "chat_template_path": "write the template into spec.model.chatTemplate",
+            "code_language": _TO_GROUP,
+            "cosine_max_len": _TO_GROUP,
+            "cosine_max_value_correct": _TO_GROUP,
+            "cosine_max_value_wrong": _TO_GROUP,
+            "cosine_min_value_correct": _TO_GROUP,
+            "cosine_min_value_wrong": _TO_GROUP,
+            "dataset_prompt_column": "write spec.promptColumn",
+            "eos_token": "write spec.model.eosToken",
+            "max_completion_len": _TO_GROUP,
+            "max_length": "a completion is bounded by max_completion_length, and a prompt is never cut",
+            "max_prompt_length": "a prompt is never cut, and one that is too long for the model is refused beforehand",
+            "repetition_max_penalty": _TO_GROUP,
+            "repetition_n_grams": _TO_GROUP,
+            "reward_funcs": _TO_GROUP,
+            "soft_punish_cache": _TO_GROUP,
+            "wandb_log_unique_prompts": "it is called log_unique_prompts",
+        },
+        choices={
+            "importance_sampling_level": ["token", "sequence"],
+            "loss_type": ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"],
+            "multi_objective_aggregation": ["sum_then_normalize", "normalize_then_sum"],
+            "scale_rewards": ["group", "batch", "none"],
+            "vllm_importance_sampling_mode": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
+        },
+    ),
+}
+
 # "The `keep_end` value is deprecated" is about one value, not about the key.
 _DEPRECATED_HELP = re.compile(r"\bdeprecated\b(?! value)", re.IGNORECASE)
 _DEPRECATED_VALUE = re.compile(r"value is deprecated")
@@ -124,7 +204,8 @@ def main() -> None:
     if importlib.util.find_spec("trl") is None:
         go_on_in_trainer()
     TABLES.mkdir(exist_ok=True)
-    (TABLES / "sft_config.json").write_text(render_sft_config())
+    for name in TABLES_BY_NAME:
+        (TABLES / f"{name}.json").write_text(render_table(name))
 
 
 def go_on_in_trainer() -> None:
@@ -135,28 +216,29 @@ def go_on_in_trainer() -> None:
     os.execv(interpreter, [interpreter, *sys.argv])
 
 
-def render_sft_config() -> str:
-    """Return the table of trl.SFTConfig as the text of its file."""
+def render_table(name: str) -> str:
+    """Return the table of that name as the text of its file."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported by TRL, warns that it looks for one
-    from trl import SFTConfig
+    import trl
 
-    rows = build_rows(SFTConfig)
-    for name in (*OWNED, *DEPRECATED):
-        if name not in rows:
-            raise SystemExit(f"{name} is no key of trl.SFTConfig: take it out of {Path(__file__).name}")
-    for name in ELSEWHERE:
-        if name in rows:
-            raise SystemExit(f"{name} is a key of trl.SFTConfig: take it out of ELSEWHERE")
-    table = {
-        "class": "trl.SFTConfig",
-        "library": {name: importlib.metadata.version(name) for name in ("transformers", "trl")},
+    table = TABLES_BY_NAME[name]
+    rows = build_rows(getattr(trl, table.class_name), table)
+    for key in (*table.owned, *table.deprecated, *table.choices):
+        if key not in rows:
+            raise SystemExit(f"{key} is no key of trl.{table.class_name}: take it out of {Path(__file__).name}")
+    for key in table.elsewhere:
+        if key in rows:
+            raise SystemExit(f"{key} is a key of trl.{table.class_name}: take it out of its `elsewhere`")
+    content = {
+        "class": f"trl.{table.class_name}",
+        "library": {package: importlib.metadata.version(package) for package in ("transformers", "trl")},
         "keys": rows,
-        "elsewhere": ELSEWHERE,
+        "elsewhere": table.elsewhere,
     }
-    return json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def build_rows(config: type[Any]) -> dict[str, dict[str, Any]]:
+def build_rows(config: type[Any], table: Table) -> dict[str, dict[str, Any]]:
     """Return a row for each key that `config` takes."""
     from pydantic import TypeAdapter
 
@@ -166,15 +248,16 @@ def build_rows(config: type[Any]) -> dict[str, dict[str, Any]]:
         if not field.init:
             continue
         text = field.metadata.get("help") or ""
-        if is_said_deprecated(config, field) and field.name not in DEPRECATED:
-            raise SystemExit(f"{field.name} is deprecated ({text}): enter it in DEPRECATED with what replaces it")
+        if is_said_deprecated(config, field) and field.name not in table.deprecated:
+            raise SystemExit(f"{field.name} is deprecated ({text}): enter it in `deprecated` with what replaces it")
         schema = TypeAdapter(hints[field.name]).json_schema()
+        choices = table.choices.get(field.name) or field.metadata.get("choices")
         rows[field.name] = {
-            "type": reduce_schema(schema, choices=field.metadata.get("choices"), definitions=schema.get("$defs", {})),
+            "type": reduce_schema(schema, choices=choices, definitions=schema.get("$defs", {})),
             "default": declared_default(field),
-            "owned": OWNED.get(field.name),
-            "deprecated": field.name in DEPRECATED,
-            "replacement": DEPRECATED.get(field.name),
+            "owned": table.owned.get(field.name),
+            "deprecated": field.name in table.deprecated,
+            "replacement": table.deprecated.get(field.name),
             "help": first_sentence(text),
         }
     return rows

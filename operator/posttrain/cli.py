@@ -219,6 +219,21 @@ def logs(
 
 
 @app.command()
+def samples(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    step: Annotated[int | None, typer.Option(help="Default: the newest that was logged.")] = None,
+    state: State = None,
+) -> None:
+    """Print completions of a step of a grpo run, with their rewards, as they lie in the run's storage."""
+    from posttrain.local.completions import read_completions, render_completions
+    from posttrain.local.environments import cache_root
+
+    folder, run = _find_run(name, state=state)
+    found, rows = read_completions(run, folder=folder, step=step, cache=cache_root())
+    print(render_completions(rows, step=found))
+
+
+@app.command()
 def compare(
     first: Annotated[str, typer.Argument(metavar="RUN")],
     second: Annotated[str, typer.Argument(metavar="RUN")],

@@ -331,7 +331,7 @@ def _args(recipe: _Recipe, table: ArgsTable) -> dict[str, Any]:
         why = _why_dropped(key, name, table)
         written = _in_words(name, value)
         if why is None:
-            problems = check_args({name: written}, table)
+            problems = check_args({name: written}, table, path="spec.sft.args")
             why = problems[0].message if problems else None
         if why is None and name != key and name in recipe.rest:
             why = f"{name} is given too"

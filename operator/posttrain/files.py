@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.api.args import check_deprecated, load_table
+from posttrain.api.args import check_deprecated
 from posttrain.api.loader import Document, apply_assignment, format_path, load_documents, parse_assignment
+from posttrain.api.methods import args_path, table_of
 from posttrain.api.training_run import KIND, TrainingRun
 from posttrain.api.validate import parse_training_run
 from posttrain.errors import InvalidResource, Problem, UserError
@@ -102,9 +103,11 @@ def assume_settings(run: TrainingRun) -> Settings:
 
 def find_warnings(run: TrainingRun, *, document: Document) -> tuple[Problem, ...]:
     """Return what is allowed and yet better changed."""
-    remarks = check_deprecated(run.spec.sft.args, load_table("sft_config"))
+    spec = run.spec
+    remarks = check_deprecated(spec.training.args, table_of(spec.method))
+    path = ".".join(args_path(spec.method))
     return add_lines(
-        [Problem(path=f"spec.sft.args.{remark.key}", message=remark.message) for remark in remarks],
+        [Problem(path=f"{path}.{remark.key}", message=remark.message) for remark in remarks],
         document=document,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -29,6 +30,8 @@ def build_table(**keys: ArgKey) -> ArgsTable:
         class_name="trl.SFTConfig", library={"trl": "1.16.0"}, keys=keys, elsewhere={"lora_r": "write spec.peft.rank"}
     )
 
+
+check = functools.partial(check_args, path="spec.sft.args")
 
 NUMBER = {"type": "number"}
 INTEGER = {"type": "integer"}
@@ -94,23 +97,23 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
 
 @pytest.mark.parametrize(("schema", "value"), ACCEPTED)
 def test_a_value_of_the_type_is_accepted(schema: dict[str, Any], value: Any) -> None:
-    assert check_args({"key": value}, build_table(key=build_key(schema))) == []
+    assert check({"key": value}, build_table(key=build_key(schema))) == []
 
 
 @pytest.mark.parametrize(("schema", "value", "message"), REFUSED)
 def test_a_value_of_another_type_is_refused_with_what_to_change(
     schema: dict[str, Any], value: Any, message: str
 ) -> None:
-    assert check_args({"key": value}, build_table(key=build_key(schema))) == [ArgProblem("key", message)]
+    assert check({"key": value}, build_table(key=build_key(schema))) == [ArgProblem("key", message)]
 
 
 def test_the_message_names_the_declared_default() -> None:
     table = build_table(rate=build_key(NUMBER, default=2e-05))
-    assert check_args({"rate": []}, table) == [ArgProblem("rate", "must be a number, not [] (default: 2e-05)")]
+    assert check({"rate": []}, table) == [ArgProblem("rate", "must be a number, not [] (default: 2e-05)")]
 
 
 def test_a_long_value_is_cut_in_the_message() -> None:
-    problem = check_args({"key": list(range(1000))}, build_table(key=build_key(STRING)))[0]
+    problem = check({"key": list(range(1000))}, build_table(key=build_key(STRING)))[0]
     assert problem.message.startswith("must be a string, not [0, 1, 2")
     assert len(problem.message) < 120
 
@@ -121,7 +124,7 @@ def test_every_problem_is_found_at_once_and_in_order() -> None:
         save_steps=build_key(NUMBER, default=500, owned="write spec.checkpoints.everySteps"),
     )
     args = {"learnig_rate": 1e-5, "save_steps": 10, "learning_rate": "1e-5", "lora_r": 8, "zzz": 1}
-    assert check_args(args, table) == [
+    assert check(args, table) == [
         ArgProblem("learnig_rate", "is no key of trl.SFTConfig: did you mean learning_rate?"),
         ArgProblem("save_steps", "is set by posttrain: write spec.checkpoints.everySteps"),
         ArgProblem(
@@ -137,7 +140,7 @@ def test_a_deprecated_key_is_accepted_with_a_remark() -> None:
         old=build_key(BOOLEAN, deprecated=True, replacement="new"), older=build_key(BOOLEAN, deprecated=True)
     )
     args = {"old": True, "older": True}
-    assert check_args(args, table) == []
+    assert check(args, table) == []
     assert check_deprecated(args, table) == [
         ArgProblem("old", "is deprecated in trl.SFTConfig: write new"),
         ArgProblem("older", "is deprecated in trl.SFTConfig and will go in a later release"),
@@ -179,7 +182,7 @@ def test_the_sft_table_knows_what_recipes_write() -> None:
         "pad_to_multiple_of": 8,
         "seed": 42,
     }
-    assert check_args(args, table) == []
+    assert check(args, table) == []
     assert coerce_args(args, table)["num_train_epochs"] == 1.0
 
 
@@ -200,7 +203,7 @@ def test_the_sft_table_knows_what_recipes_write() -> None:
     ],
 )
 def test_a_key_that_does_not_belong_into_sft_args_is_answered_with_the_place_that_does(key: str, part: str) -> None:
-    [problem] = check_args({key: 1}, load_table("sft_config"))
+    [problem] = check({key: 1}, load_table("sft_config"))
     assert problem.key == key
     assert part in problem.message
 
@@ -209,4 +212,4 @@ def test_every_row_of_the_sft_table_is_in_the_language_of_the_checks() -> None:
     table = load_table("sft_config")
     assert [key for key, row in table.keys.items() if not describe_type(row.type)] == []
     declared = {key: row.default for key, row in table.keys.items() if row.owned is None}
-    assert check_args(declared, table) == []
+    assert check(declared, table) == []

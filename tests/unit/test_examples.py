@@ -23,8 +23,10 @@ from tests.support.builders import T0
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "open-r1").glob("*.yaml"))
-QUICKSTART, IN_CLUSTER = (ROOT / "examples" / "quickstart" / name for name in ("trainingrun.yaml", "cluster.yaml"))
-EXAMPLES = [*RECIPES, QUICKSTART, IN_CLUSTER]
+QUICKSTART, IN_CLUSTER, BY_REWARD = (
+    ROOT / "examples" / "quickstart" / name for name in ("trainingrun.yaml", "cluster.yaml", "grpo.yaml")
+)
+EXAMPLES = [*RECIPES, QUICKSTART, IN_CLUSTER, BY_REWARD]
 PLANNED = [*RECIPES, IN_CLUSTER]
 
 
@@ -35,7 +37,7 @@ def load(path: Path) -> TrainingRun:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_valid(path: Path) -> None:
-    assert load(path).spec.sft.args
+    assert load(path).spec.training.args
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
@@ -68,7 +70,7 @@ def test_the_image_has_every_package_that_an_example_implies(path: Path) -> None
         re.findall(r"^([A-Za-z0-9._-]+)==", (ROOT / "images/trainer/requirements.txt").read_text(), re.MULTILINE)
     )
 
-    needed = {package.distribution for package in implied_packages(run.spec, run.spec.sft.args)}
+    needed = {package.distribution for package in implied_packages(run.spec, run.spec.training.args)}
 
     assert needed <= locked
     assert ("deepspeed" in needed) == run.spec.parallelism.strategy.startswith("ZeRO")
@@ -84,7 +86,7 @@ def test_the_quickstart_in_a_cluster_is_the_quickstart_with_claims_and_fewer_ste
         "pvc://inputs/heldout.jsonl",
     )
     assert in_cluster.spec.model.chat_template == alone.spec.model.chat_template
-    ours, theirs = in_cluster.spec.sft.args, alone.spec.sft.args
+    ours, theirs = in_cluster.spec.training.args, alone.spec.training.args
     assert ours.keys() == theirs.keys()
     # Two ranks of half the batch: a step is made of as many rows.
     assert {key for key in ours if ours[key] != theirs[key]} == {
@@ -120,7 +122,7 @@ def test_the_list_of_recipes_is_complete() -> None:
 )
 def test_the_global_batch_is_the_recipes(name: str, batch: int, length: int) -> None:
     run = load(ROOT / "examples" / "open-r1" / f"{name}.yaml")
-    args: dict[str, Any] = run.spec.sft.args
+    args: dict[str, Any] = run.spec.training.args
 
     rows = args["per_device_train_batch_size"] * args.get("gradient_accumulation_steps", 1)
     assert rows * run.spec.resources.world_size == batch

@@ -113,7 +113,7 @@ def test_the_users_deepspeed_settings_are_merged_into_the_generated_ones() -> No
 def test_deepspeed_settings_of_the_platform_are_refused_with_where_to_set_them(
     config: dict[str, Any], path: str
 ) -> None:
-    found = find_deepspeed_problems(Parallelism(strategy="ZeRO3", config=config))
+    found = find_deepspeed_problems(Parallelism(strategy="ZeRO3", config=config), args="spec.sft.args")
 
     assert [problem.path for problem in found] == [f"spec.parallelism.config.{path}"]
     assert "is set by posttrain" in found[0].message

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.api.args import coerce_args, load_table
+from posttrain.api.methods import coerce_spec
 from posttrain.api.training_run import TrainingRunSpec
 from posttrain.contract.config import GangShape, MountedSource, RunIdentity, TrainingConfig, config_hash
 from posttrain.contract.facts import FACT, Fact
@@ -30,6 +31,16 @@ ARGS: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "max_length": 64,
     "gradient_checkpointing": False,
+}
+
+GRPO_ARGS: dict[str, Any] = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "num_generations": 2,
+    "max_completion_length": 8,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "activation_checkpointing": False,
 }
 
 
@@ -72,6 +83,47 @@ def build_config(
         datasets=(_mounted(rows),),
         eval_datasets=(_mounted(held_out),) if held_out else (),
         gang=GangShape(num_nodes=nodes, processes_per_node=ranks, gpus_per_node=gpus),
+    )
+
+
+def build_grpo_config(
+    *,
+    model: Path,
+    rows: Path,
+    rewards: Iterable[Mapping[str, Any]],
+    attempt: int = 1,
+    ranks: int = 1,
+    args: Mapping[str, Any] | None = None,
+    model_fields: Mapping[str, Any] | None = None,
+    **spec: Any,
+) -> TrainingConfig:
+    """Return the config of an attempt that is rewarded for its answers to the column `problem`."""
+    grpo = {"rewards": list(rewards), "args": {**GRPO_ARGS, **(args or {})}}
+    checked = coerce_spec(
+        TrainingRunSpec.model_validate(
+            {
+                "model": {"source": f"file://{model}", **(model_fields or {})},
+                "datasets": [{"source": f"file://{rows}"}],
+                "promptColumn": "problem",
+                "grpo": grpo,
+                "code": {"path": "own"},
+                "resources": {"gpusPerNode": 0, "processesPerNode": ranks},
+                "checkpoints": {"everySteps": 2},
+                **spec,
+            }
+        )
+    )
+    return TrainingConfig(
+        run=RunIdentity(kind="TrainingRun", namespace="default", name="tiny-grpo"),
+        attempt=attempt,
+        method="grpo",
+        config_hash=config_hash(checked),
+        spec=checked,
+        args=checked.training.args,
+        model=_mounted(model),
+        datasets=(_mounted(rows),),
+        eval_datasets=(),
+        gang=GangShape(num_nodes=1, processes_per_node=ranks, gpus_per_node=0),
     )
 
 
@@ -213,7 +265,11 @@ def rank_pid(pod: Pod, rank: int) -> int:
         except OSError:
             continue
         ours = f"POSTTRAIN_RUNTIME={pod.folder / 'runtime'}".encode() in environment
-        if ours and f"RANK={rank}".encode() in environment and b"posttrain_workloads.sft" in command:
+        if (
+            ours
+            and f"RANK={rank}".encode() in environment
+            and f"posttrain_workloads.{pod.workload}".encode() in command
+        ):
             return int(process.name)
     raise AssertionError(f"there is no rank {rank}")
 

@@ -8,6 +8,7 @@ what was found. One process, because importing TRL is slow.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -34,7 +35,8 @@ def main() -> None:
 
 def run_prepare(case: dict[str, Any]) -> dict[str, Any]:
     from posttrain.contract.config import TrainingConfig
-    from posttrain_workloads.prepare import build_fact, build_result, prepare
+    from posttrain_workloads.outcome import build_fact, build_result
+    from posttrain_workloads.prepare import prepare
 
     config = TrainingConfig.from_json(json.dumps(case["config"]))
     outcome = prepare(config, environ=environ_of(case))
@@ -49,11 +51,13 @@ def run_prepare(case: dict[str, Any]) -> dict[str, Any]:
 def run_data(case: dict[str, Any]) -> dict[str, Any]:
     from posttrain.contract.config import TrainingConfig
     from posttrain_workloads.data import load_mixture
+    from posttrain_workloads.formats import shape_for_sft
     from posttrain_workloads.problems import InvalidInputs
 
     config = TrainingConfig.from_json(json.dumps(case["config"]))
     try:
-        mixture = load_mixture(config, environ=environ_of(case))
+        shape = functools.partial(shape_for_sft, config)
+        mixture = load_mixture(config, shape=shape, environ=environ_of(case))
     except InvalidInputs as error:
         return {"problems": [str(problem) for problem in error.problems]}
     return {

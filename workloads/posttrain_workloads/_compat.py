@@ -12,24 +12,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from posttrain.api.training_run import Method
+from posttrain_workloads.completions import Completions
 
-def save_logging_state(trainer: Any, folder: Path, *, rank: int) -> None:
+
+def save_logging_state(trainer: Any, folder: Path, *, rank: int, method: Method) -> None:
     """Keep what has been added up since the last log line, which a checkpoint of transformers does not hold.
 
-    transformers 5.23 begins a resumed run with an empty sum (trainer.py:1647-1649), and TRL 1.16 with empty metrics and
-    no tokens (sft_trainer.py, `_metrics` and `_total_train_tokens`): the first line after a resume is then the mean of
-    other steps than in a run that went through. Goes when both restore them. The loss is each rank's own.
+    transformers 5.23 begins a resumed run with an empty sum (trainer.py:1647-1649), and TRL 1.16 with empty metrics
+    and, in SFT, no tokens (sft_trainer.py, `_metrics` and `_total_train_tokens`): the first line after a resume is then
+    the mean of other steps than in a run that went through. Goes when both restore them. The loss is each rank's own.
     """
     state = {
         "tr_loss": trainer._tr_loss.item(),
         "last_logged": trainer._globalstep_last_logged,
         "metrics": dict(trainer._metrics["train"]),
-        "tokens": trainer._total_train_tokens,
     }
+    if method == "sft":
+        state["tokens"] = trainer._total_train_tokens
     _file(folder, rank).write_text(json.dumps(state))
 
 
-def restore_logging_state(trainer: Any, folder: Path, *, rank: int) -> None:
+def restore_logging_state(trainer: Any, folder: Path, *, rank: int, method: Method) -> None:
     """Put back what `save_logging_state` kept; called when training begins, after transformers has reset it."""
     file = _file(folder, rank)
     if not file.exists():  # of a gang that had fewer ranks
@@ -40,7 +44,71 @@ def restore_logging_state(trainer: Any, folder: Path, *, rank: int) -> None:
     trainer._total_loss_scalar -= state["tr_loss"]
     trainer._globalstep_last_logged = state["last_logged"]
     trainer._metrics["train"].update(state["metrics"])
-    trainer._total_train_tokens = state["tokens"]
+    if method == "sft":
+        trainer._total_train_tokens = state["tokens"]
+
+
+def skip_epochs(sampler: Any, epochs: int) -> None:
+    """Let a sampler of TRL's prompts begin with the order of a later epoch.
+
+    TRL 1.16's RepeatSampler draws an order from its own generator each time that it is iterated over (trainer/utils.py)
+    and has no set_epoch, so a run that is resumed in its third epoch would see the prompts of the first one again. Goes
+    when it has one.
+    """
+    if sampler.shuffle:
+        import torch
+
+        for _ in range(epochs):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+def save_rollout(trainer: Any, folder: Path, *, rank: int) -> None:
+    """Keep the completions that the next steps still train on, which a checkpoint of TRL does not hold.
+
+    TRL 1.16 begins a resumed run with a new rollout, wherever in a cycle of `steps_per_generation * num_iterations`
+    micro-batches the checkpoint was made (grpo_trainer.py, `_step` and `_buffered_inputs`): its prompts are then not
+    those of a run that went through. Goes when it keeps them itself. Each rank has its own.
+    """
+    import torch
+
+    cycle = trainer.args.steps_per_generation * trainer.num_iterations
+    kept = trainer._buffered_inputs if trainer._step % cycle else None
+    state = {"step": trainer._step, "world_size": trainer.args.world_size, "batches": kept}
+    torch.save(state, folder / f"rollout_{rank}.pt")
+
+
+def restore_rollout(trainer: Any, folder: Path, *, rank: int) -> None:
+    """Put back what `save_rollout` kept, if the gang has as many ranks as it had then."""
+    import torch
+    from accelerate.utils import send_to_device
+
+    file = folder / f"rollout_{rank}.pt"
+    if not file.exists():
+        return
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if state["world_size"] == trainer.args.world_size:
+        trainer._step = state["step"]
+        trainer._buffered_inputs = send_to_device(state["batches"], trainer.args.device)
+
+
+def add_metric(trainer: Any, name: str, value: float) -> None:
+    """Add a number to those of which TRL logs the mean since the last log line."""
+    trainer._metrics["train"][name].append(value)
+
+
+def newest_completions(trainer: Any, *, count: int) -> Completions:
+    """Return the last `count` completions of all ranks with their rewards, which TRL keeps for its own table."""
+    kept = trainer._logs
+
+    def last(values: Any) -> list[Any]:
+        return list(values)[-count:]
+
+    return Completions(
+        prompts=last(kept["prompt"]),
+        completions=last(kept["completion"]),
+        rewards={name: last(values) for name, values in kept["rewards"].items()},
+        advantages=last(kept["advantages"]),
+    )
 
 
 def post_progress_in_background(trainer: Any) -> None:

@@ -1,4 +1,4 @@
-"""From an attempt's config to TRL's SFTConfig: the user's keys, and the ones that posttrain sets itself.
+"""From an attempt's config to TRL's SFTConfig or GRPOConfig: the user's keys, and those that posttrain sets itself.
 
 It owns which value each owned key gets; it must not import torch except where the real class is built, so that prepare
 and the tests read the same values from plain dicts.
@@ -15,14 +15,14 @@ from posttrain.contract.result import ExitCode
 from posttrain_workloads.runtime import RankFailure
 
 if TYPE_CHECKING:
-    from trl import SFTConfig
+    from trl import GRPOConfig, SFTConfig
 
 CHECKPOINT_STEPS_MAX = 500
 _TRACKERS = {"WandB": "wandb", "Trackio": "trackio", "MLflow": "mlflow", "TensorBoard": "tensorboard"}
 
 
-def owned_sft_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return the keys of SFTConfig that posttrain sets itself; a user's value for one of them was refused long ago."""
+def owned_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the keys that posttrain sets itself; a user's value for one of them was refused long ago."""
     spec = config.spec
     on_cpu = config.gang.gpus_per_node == 0
     owned: dict[str, Any] = {
@@ -39,34 +39,42 @@ def owned_sft_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dic
         "use_cpu": on_cpu and not uses_deepspeed(config),
         "trust_remote_code": spec.model.trust_remote_code,
     }
-    if spec.model.eos_token is not None:
-        owned["eos_token"] = spec.model.eos_token
+    if config.method == "sft" and spec.model.eos_token is not None:
+        owned["eos_token"] = spec.model.eos_token  # GRPO takes the tokenizer's
+    if spec.grpo is not None:
+        owned |= {"reward_weights": [float(reward.weight) for reward in spec.grpo.rewards], "use_vllm": False}
     if spec.tracking.project is not None:
         owned["project"] = spec.tracking.project
     return owned
 
 
-def sft_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return every key that SFTConfig is built with: platform defaults, over them the user's, over those the owned."""
+def training_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return every key that TRL's class gets: platform defaults, over them the user's, over those the owned."""
     defaults: dict[str, Any] = {"disable_tqdm": True, "run_name": config.run.name}
     if config.gang.gpus_per_node == 0:
         # TRL turns bf16 on wherever it is unset; on a CPU that is slower and less exact.
         defaults |= {"bf16": False, "dataloader_pin_memory": False}
-    return {**defaults, **config.args, **owned_sft_args(config, environ=environ)}
+    return {**defaults, **config.args, **owned_args(config, environ=environ)}
 
 
-def build_sft_config(config: TrainingConfig, *, environ: Mapping[str, str]) -> SFTConfig:
-    """Build the real SFTConfig, which sets up this rank's device and, under torchrun, its process group.
+def args_class(config: TrainingConfig) -> type[SFTConfig] | type[GRPOConfig]:
+    """Return TRL's class of the method's arguments."""
+    from trl import GRPOConfig, SFTConfig
+
+    found: type[SFTConfig] | type[GRPOConfig] = SFTConfig if config.method == "sft" else GRPOConfig
+    return found
+
+
+def build_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> SFTConfig | GRPOConfig:
+    """Build TRL's own arguments, which sets up this rank's device and, under torchrun, its process group.
 
     Raises:
         RankFailure: TRL or transformers refuse a value.
     """
-    from trl import SFTConfig
-
     try:
-        return SFTConfig(**sft_args(config, environ=environ))
+        return args_class(config)(**training_args(config, environ=environ))
     except (ValueError, TypeError) as error:
-        raise RankFailure("ConfigInvalid", f"spec.sft.args: {error}", exit_code=ExitCode.INVALID) from error
+        raise RankFailure("ConfigInvalid", f"spec.{config.method}.args: {error}", exit_code=ExitCode.INVALID) from error
 
 
 def tracker_environment(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict[str, str]:

@@ -107,7 +107,7 @@ class ContractCallback(TrainerCallback):  # type: ignore[misc]
         # From here on, because a resumed state brings the interval that it was saved with.
         state.save_steps = checkpoint_steps(self._config, max_steps=state.max_steps)
         if self._resumed_from is not None:
-            _compat.restore_logging_state(self.trainer, self._resumed_from, rank=self._rank)
+            _compat.restore_logging_state(self.trainer, self._resumed_from, rank=self._rank, method=self._config.method)
         self._tell(
             Started(
                 world_size=args.world_size,
@@ -204,7 +204,8 @@ class ContractCallback(TrainerCallback):  # type: ignore[misc]
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        _compat.save_logging_state(self.trainer, self._storage / checkpoint_folder(state.global_step), rank=self._rank)
+        folder = self._storage / checkpoint_folder(state.global_step)
+        _compat.save_logging_state(self.trainer, folder, rank=self._rank, method=self._config.method)
         self._keeper.wait()
         if dist.is_initialized():
             dist.barrier()  # every rank has written every file of this checkpoint

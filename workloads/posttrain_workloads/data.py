@@ -6,7 +6,8 @@ It owns the mixture and its formats; it must not tokenize, nor know anything of 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +17,7 @@ from posttrain.api.shapes import Dataset as Member
 from posttrain.contract.config import ResolvedSource, TrainingConfig
 from posttrain_workloads import hub
 from posttrain_workloads._compat import hub_transport_error
-from posttrain_workloads.formats import Layout, decide_layout, normalise
+from posttrain_workloads.formats import Layout
 from posttrain_workloads.problems import Findings, InvalidInputs, Problem, refuse
 from posttrain_workloads.sources import describe, locate
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _KINDS = "JSON, JSONL, Parquet or CSV"
+
+
+Shape = Callable[["Dataset", str], tuple[Layout, "Dataset"]]
+"""Tells a member's layout and gives its rows as the trainer takes them; the text is where it stands in the spec."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class Mixture:
     report: Report
 
 
-def load_mixture(config: TrainingConfig, *, environ: Mapping[str, str]) -> Mixture:
+def load_mixture(config: TrainingConfig, *, shape: Shape, environ: Mapping[str, str]) -> Mixture:
     """Return the run's data, the same rows in the same order in every process and every attempt.
 
     As in open-r1: of each member `int(len * fraction)` rows after a shuffle with the seed; the members one after the
@@ -68,10 +73,9 @@ def load_mixture(config: TrainingConfig, *, environ: Mapping[str, str]) -> Mixtu
     """
     spec = config.spec
     findings = Findings()
-    train = _load_members(config, "datasets", spec.datasets, config.datasets, findings=findings, environ=environ)
-    held_out = _load_members(
-        config, "evalDatasets", spec.eval_datasets, config.eval_datasets, findings=findings, environ=environ
-    )
+    load = functools.partial(_load_members, config, shape=shape, findings=findings, environ=environ)
+    train = load("datasets", spec.datasets, config.datasets)
+    held_out = load("evalDatasets", spec.eval_datasets, config.eval_datasets)
     for loaded, field in ((train, "datasets"), (held_out, "evalDatasets")):
         for problem in _differing_columns(loaded, field=field):
             findings.add(problem)
@@ -111,6 +115,7 @@ def _load_members(
     members: Sequence[Member],
     sources: Sequence[ResolvedSource],
     *,
+    shape: Shape,
     findings: Findings,
     environ: Mapping[str, str],
 ) -> list[_Loaded]:
@@ -127,15 +132,7 @@ def _load_members(
                 used=len(chosen),
                 columns=tuple(chosen.column_names),
             )
-            text_field = str(config.args.get("dataset_text_field", "text"))
-            layout = decide_layout(chosen, path=path, text_field=text_field)
-            rows = normalise(
-                chosen,
-                layout,
-                path=path,
-                system_prompt=config.spec.system_prompt,
-                keep_others=config.spec.sft.trainer_class is not None,
-            )
+            layout, rows = shape(chosen, path)
             loaded.append(_Loaded(rows=rows, layout=layout, report=report))
     return loaded
 

@@ -183,6 +183,10 @@ class Setup:
     """Label smoothing and the like take all logits at once."""
     fused_norms: bool = False
     """Liger's kernels keep no fp32 copies in their norms."""
+    reference: bool = False
+    """A second model is there, of which only the log-probabilities are taken."""
+    rollout: int = 0
+    """Completions that one rank generates at a time, with a cache of keys and values."""
 
 
 @dataclass(frozen=True)
@@ -206,14 +210,14 @@ def estimate(setup: Setup) -> Estimate:
             states = _fsdp(setup)
         case _:
             states = _deepspeed(setup)
-    return Estimate(
-        {
-            **states,
-            "activations": _activations(setup),
-            "logits": _logits(setup),
-            "workspace": _WORKSPACE,
-        }
-    )
+    if setup.reference:
+        sharded = setup.strategy in ("ZeRO3", "FSDP")
+        states["reference"] = setup.parameters * setup.weight_bytes // (setup.world_size if sharded else 1)
+    passes = {"activations": _activations(setup), "logits": _logits(setup)}
+    cache = _cache(setup)
+    if cache > states["gradients"] + sum(passes.values()):  # a rollout comes before there are any of those
+        return Estimate({**states, "gradients": 0, "rollout": cache, "workspace": _WORKSPACE})
+    return Estimate({**states, **passes, "workspace": _WORKSPACE})
 
 
 def optimizer_bytes(name: str, *, element: int) -> int:
@@ -358,6 +362,11 @@ def _logits(setup: Setup) -> int:
     tile = min(tokens, _HEAD_TOKENS) * _HEAD_VOCABULARY * element
     head = 0 if setup.adapter else shape.vocabulary * shape.hidden * 4
     return tile + tokens * shape.hidden * 4 + head
+
+
+def _cache(setup: Setup) -> int:
+    """The keys and values of all that a rank generates at a time."""
+    return setup.rollout * setup.length * setup.architecture.layers * 2 * setup.architecture.key * _element(setup)
 
 
 def to_gib(size: int) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from posttrain.api.grpo_checks import count_groups
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads import estimate
 from posttrain_workloads.batches import BatchSettings, count_batches, find_batch_problems, warn_of_few_rows
@@ -18,7 +19,7 @@ from posttrain_workloads.sources import describe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl import SFTConfig
+    from trl import GRPOConfig, SFTConfig
 
 _NEARLY_FULL = 0.9
 
@@ -76,7 +77,7 @@ def forecast_memory(
     config: TrainingConfig,
     findings: Findings,
     estimates: dict[str, str],
-    args: SFTConfig,
+    args: SFTConfig | GRPOConfig,
     *,
     shape: Mapping[str, Any],
     parameters: int,
@@ -117,7 +118,7 @@ def forecast_memory(
 
 def build_setup(
     config: TrainingConfig,
-    args: SFTConfig,
+    args: SFTConfig | GRPOConfig,
     architecture: estimate.Architecture,
     *,
     parameters: int,
@@ -140,6 +141,8 @@ def build_setup(
         )
     multiple = args.pad_to_multiple_of or 1
     fsdp_checkpointing = bool((spec.parallelism.config or {}).get("activation_checkpointing"))
+    is_sft = config.method == "sft"  # the others have no such keys
+    groups = None if is_sft else count_groups(config.args, world_size=config.gang.world_size)
     return estimate.Setup(
         architecture=architecture,
         parameters=parameters,
@@ -153,11 +156,13 @@ def build_setup(
         world_size=config.gang.world_size,
         adapter=adapter,
         checkpointing=bool(args.activation_checkpointing) or fsdp_checkpointing,
-        offload_activations=args.activation_offloading,
+        offload_activations=is_sft and args.activation_offloading,
         attention="flash" if attention.startswith("flash") else "eager" if attention == "eager" else "sdpa",
-        padding_free=args.padding_free or (args.packing and args.packing_strategy != "wrapped"),
+        padding_free=is_sft and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")),
         full_logits=args.label_smoothing_factor > 0,
         fused_norms=args.use_liger_kernel,
+        reference=not is_sft and args.beta != 0 and spec.peft is None,
+        rollout=groups.of_a_rank if groups else 0,
     )
 
 
@@ -172,6 +177,8 @@ def _advise(found: estimate.Estimate) -> str:
         "activations": "set activation_checkpointing: true, lower per_device_train_batch_size (and raise "
         "gradient_accumulation_steps) or max_length",
         "logits": "lower per_device_train_batch_size or max_length",
+        "reference": "leave beta at 0, shard it with parallelism.strategy ZeRO3, or train an adapter (spec.peft)",
+        "rollout": "lower per_device_train_batch_size or max_completion_length",
         "workspace": "take GPUs with more memory",
     }
     largest = max(found.parts, key=lambda name: found.parts[name])

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.problems import Problem, refuse
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Format = Literal["messages", "prompt-completion", "text"]
+Format = Literal["messages", "prompt-completion", "text", "prompt"]
 Shape = Literal["messages", "sharegpt", "text", "other"]
 
 ROLES: Mapping[str, str] = {
@@ -57,13 +58,24 @@ class Layout:
         return f"{kind} in {' and '.join(self.columns)}"
 
 
+def shape_for_sft(config: TrainingConfig, rows: Dataset, path: str) -> tuple[Layout, Dataset]:
+    """Return a member's layout and its rows in the columns that SFTTrainer takes.
+
+    Raises:
+        InvalidInputs: as `decide_layout` and `normalise`.
+    """
+    layout = decide_layout(rows, path=path, text_field=str(config.args.get("dataset_text_field", "text")))
+    keep_others = config.spec.training.trainer_class is not None
+    return layout, normalise(rows, layout, path=path, system_prompt=config.spec.system_prompt, keep_others=keep_others)
+
+
 def decide_layout(rows: Dataset, *, path: str, text_field: str) -> Layout:
     """Return the layout of a member's rows, decided by its columns.
 
     Raises:
         InvalidInputs: no format fits; the message lists the columns and what would do.
     """
-    shapes = {column: _shape(rows, column) for column in rows.column_names}
+    shapes = {column: shape_of(rows, column) for column in rows.column_names}
     if shapes.get("messages") in ("messages", "sharegpt"):
         return Layout("messages", ("messages",), shapes["messages"])
     if "prompt" in shapes and "completion" in shapes:
@@ -73,7 +85,7 @@ def decide_layout(rows: Dataset, *, path: str, text_field: str) -> Layout:
         raise refuse(
             "DatasetColumnMissing",
             f"{path}: prompt and completion must both be text or both lists of messages with role and content; here "
-            f"they are {_in_words(pair[0])} and {_in_words(pair[1])}",
+            f"they are {in_words(pair[0])} and {in_words(pair[1])}",
         )
     if shapes.get("conversations") == "messages":
         return Layout("messages", ("conversations",), "messages")
@@ -164,7 +176,7 @@ def scan_rows(rows: Dataset, layout: Layout, *, path: str, need_assistant: bool)
 # --- Looking at columns ----------------------------------------------------------------------------------------------
 
 
-def _shape(rows: Dataset, column: str) -> Shape:
+def shape_of(rows: Dataset, column: str) -> Shape:
     """Tell what a column holds from its first value that is not empty."""
     for value in rows[:_LOOK_AT_MOST][column]:
         if isinstance(value, str):
@@ -182,7 +194,7 @@ def _shape(rows: Dataset, column: str) -> Shape:
 
 
 def _explain_columns(shapes: Mapping[str, Shape], sharegpt: list[str], *, text_field: str) -> str:
-    found = ", ".join(f"{column} ({_in_words(shape)})" for column, shape in shapes.items())
+    found = ", ".join(f"{column} ({in_words(shape)})" for column, shape in shapes.items())
     text = f"no format fits the columns {found}. "
     if len(sharegpt) > 1:
         return f"{text}Several hold conversations: select one of {', '.join(sharegpt)} with columns"
@@ -199,7 +211,8 @@ def _explain_columns(shapes: Mapping[str, Shape], sharegpt: list[str], *, text_f
     )
 
 
-def _in_words(shape: Shape) -> str:
+def in_words(shape: Shape) -> str:
+    """Return what a column holds."""
     return {"messages": "role/content", "sharegpt": "from/value", "text": "text", "other": "something else"}[shape]
 
 

@@ -42,7 +42,7 @@ _LAST_LINES_SECONDS = 5.0
 def main() -> None:
     """Run one workload to its end and leave with its exit code."""
     parser = argparse.ArgumentParser(prog="posttrain_workloads.launch")
-    parser.add_argument("workload", choices=("sft", "prepare"))
+    parser.add_argument("workload", choices=("sft", "grpo", "prepare"))
     workload: str = parser.parse_args().workload
     sys.exit(launch(workload, environ=os.environ))
 
@@ -100,7 +100,7 @@ def _run(
     """Run the workload's processes and return what is known of their end."""
     ooms_before = count_oom_kills()
     logs = Logs()
-    local_ranks = config.gang.processes_per_node if workload == "sft" else 0
+    local_ranks = config.gang.processes_per_node if workload != "prepare" else 0
     with logs.pipes(runtime, first_rank=node * local_ranks, count=local_ranks):
         child = subprocess.Popen(
             _command(workload),
@@ -122,7 +122,7 @@ def _run(
         exits=runtime.exits(),
         terminated=stop.requested,
         result=runtime.result(),
-        planned_world_size=config.gang.world_size if workload == "sft" else None,
+        planned_world_size=config.gang.world_size if workload != "prepare" else None,
         given_world_size=_given_world_size(environ),
         tails=logs.tails(),
     )
@@ -132,7 +132,7 @@ def _command(workload: str) -> list[str]:
     if workload == "prepare":
         return [sys.executable, "-u", "-m", "posttrain_workloads.prepare"]
     torchrun = [sys.executable, "-u", "-m", "posttrain_workloads.ranks", str(os.getpid())]
-    return [*torchrun, "--max-restarts", "0", "-m", "posttrain_workloads.sft"]
+    return [*torchrun, "--max-restarts", "0", "-m", f"posttrain_workloads.{workload}"]
 
 
 def _supervise(child: subprocess.Popen[bytes], *, runtime: Runtime, stop: Stop) -> int:

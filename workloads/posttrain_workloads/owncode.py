@@ -75,20 +75,21 @@ def build_callbacks(config: TrainingConfig) -> list[Any]:
 
 
 def load_trainer_class(config: TrainingConfig) -> Any:
-    """Return spec.sft.trainerClass, or trl.SFTTrainer.
+    """Return the spec's trainerClass, or TRL's own class of the method.
 
     Raises:
-        InvalidInputs: it does not import, or is no subclass of SFTTrainer.
+        InvalidInputs: it does not import, or is no subclass of TRL's.
     """
-    from trl import SFTTrainer
+    from trl import GRPOTrainer, SFTTrainer
 
-    text = config.spec.sft.trainer_class
+    base = SFTTrainer if config.method == "sft" else GRPOTrainer
+    text = config.spec.training.trainer_class
     if text is None:
-        return SFTTrainer
-    path = "spec.sft.trainerClass"
+        return base
+    path = f"spec.{config.method}.trainerClass"
     found = load_entry_point(text, path=path)
-    if not (isinstance(found, type) and issubclass(found, SFTTrainer)):
-        raise refuse(_REASON, f"{path}: {text} is not a subclass of trl.SFTTrainer: derive the class from it")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise refuse(_REASON, f"{path}: {text} is not a subclass of trl.{base.__name__}: derive the class from it")
     return found
 
 

@@ -56,14 +56,15 @@ _OPTIMIZERS: Mapping[str, tuple[str, str]] = {
 
 
 def implied_packages(spec: TrainingRunSpec, args: JsonObject) -> tuple[Requirement, ...]:
-    """Return what a run needs, one requirement for each key that asks for something; `args` as spec.sft.args."""
+    """Return what a run needs, one requirement for each key that asks for something; `args` are its own."""
     found: list[Requirement] = []
+    path = f"spec.{spec.method}.args"
     if args.get("use_liger_kernel"):
-        found.append(Requirement("liger_kernel", "liger-kernel", "spec.sft.args.use_liger_kernel"))
+        found.append(Requirement("liger_kernel", "liger-kernel", f"{path}.use_liger_kernel"))
     optimizer = str(args.get("optim", ""))
     for prefix, package in _OPTIMIZERS.items():
         if optimizer.startswith(prefix):
-            found.append(Requirement(*package, f"spec.sft.args.optim: {optimizer}"))
+            found.append(Requirement(*package, f"{path}.optim: {optimizer}"))
             break
     if spec.model.attn_implementation in _ATTENTION:
         package = _ATTENTION[spec.model.attn_implementation]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from posttrain.api.training_run import Method
 from posttrain_workloads.problems import Problem, refuse
 
 if TYPE_CHECKING:
@@ -207,11 +208,14 @@ def _build_trainer(train: Dataset, test: Dataset | None, *, tokenizer: Any, args
             f"spec.model.chatTemplate: the template (or the tokenizer's own) fails on the data: {error}",
         ) from error
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise refuse("ConfigInvalid", f"{name_key(str(error), args)}: {type(error).__name__}: {error}") from error
+        raise refuse(
+            "ConfigInvalid", f"{name_key(str(error), args, method='sft')}: {type(error).__name__}: {error}"
+        ) from error
 
 
-def name_key(text: str, args: Mapping[str, Any]) -> str:
+def name_key(text: str, args: Mapping[str, Any], *, method: Method) -> str:
     """Return the place in the spec that an error of TRL or transformers speaks of."""
     words = set(text.replace("`", " ").replace("--", " ").replace("=", " ").replace(",", " ").split())
     named = [key for key in args if key in words]
-    return f"spec.sft.args.{named[0]}" if named else "spec.sft.args"
+    path = f"spec.{method}.args"
+    return f"{path}.{named[0]}" if named else path

@@ -52,7 +52,7 @@ class ArgProblem:
 
 @functools.cache
 def load_table(name: str) -> ArgsTable:
-    """Return the committed table `name`: `sft_config`."""
+    """Return the committed table `name`: `sft_config` or `grpo_config`."""
     file = importlib.resources.files("posttrain.api") / "tables" / f"{name}.json"
     data = json.loads(file.read_text(encoding="utf-8"))
     return ArgsTable(
@@ -63,13 +63,16 @@ def load_table(name: str) -> ArgsTable:
     )
 
 
-def check_args(args: Mapping[str, JsonValue], table: ArgsTable) -> list[ArgProblem]:
-    """Return every problem of `args`, in their order: an unknown key, an owned key, a value of a wrong type."""
+def check_args(args: Mapping[str, JsonValue], table: ArgsTable, *, path: str) -> list[ArgProblem]:
+    """Return every problem of `args`, in their order: an unknown key, an owned key, a value of a wrong type.
+
+    `path` is where they stand in the resource: `spec.sft.args`.
+    """
     problems = []
     for key, value in args.items():
         row = table.keys.get(key)
         if row is None:
-            problems.append(ArgProblem(key, _explain_unknown(key, table)))
+            problems.append(ArgProblem(key, _explain_unknown(key, table, path=path)))
         elif row.owned is not None:
             problems.append(ArgProblem(key, f"is set by posttrain: {row.owned}"))
         elif not _accepts(row.type, value):
@@ -178,13 +181,13 @@ def _accepts(schema: Schema, value: JsonValue) -> bool:
     raise ValueError(f"unknown type in a table: {schema['type']!r}")
 
 
-def _explain_unknown(key: str, table: ArgsTable) -> str:
+def _explain_unknown(key: str, table: ArgsTable, *, path: str) -> str:
     if key in table.elsewhere:
         return f"is no key of {table.class_name}: {table.elsewhere[key]}"
     near = difflib.get_close_matches(key.lower(), table.keys, n=1)
     if near:
         return f"is no key of {table.class_name}: did you mean {near[0]}?"
-    return f"is no key of {table.class_name} (TRL {table.library['trl']}): see `posttrain explain spec.sft.args`"
+    return f"is no key of {table.class_name} (TRL {table.library['trl']}): see `posttrain explain {path}`"
 
 
 def _explain_type(row: ArgKey, value: JsonValue) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from posttrain.api.args import ArgsTable, describe_type, load_table
+from posttrain.api.args import ArgsTable, describe_type
+from posttrain.api.methods import METHODS, args_path, table_of
 from posttrain.api.schema import FREE_FORM, Node, resource_schema
 from posttrain.api.spelling import first_sentence, join_names, nearest, write_value
 from posttrain.api.training_run import (
@@ -18,8 +19,6 @@ from posttrain.api.training_run import (
     MUTABLE_RESOURCES_FIELDS,
 )
 from posttrain.errors import UserError
-
-ARGS_PATH = ("spec", "sft", "args")
 
 
 class UnknownField(UserError):
@@ -78,11 +77,13 @@ def explain(path: str) -> Explanation:
         UnknownField: there is nothing at the path.
     """
     steps = _steps(path)
-    if tuple(steps[:3]) == ARGS_PATH:
-        table = load_table("sft_config")
-        if len(steps) == 3:
-            return _explain_args(table)
-        return _explain_arg(".".join(steps[3:]), table)
+    for method in METHODS:
+        path_of_args = args_path(method)
+        if tuple(steps[:3]) == path_of_args:
+            table = table_of(method)
+            if len(steps) == 3:
+                return _explain_args(table, path=path_of_args)
+            return _explain_arg(".".join(steps[3:]), table, path=".".join(path_of_args))
     node, required = resource_schema(), False
     for index, name in enumerate(steps):
         fields = _inside(node)
@@ -178,12 +179,12 @@ def _not_found(name: str, before: list[str], fields: dict[str, Node]) -> str:
 # --- Training arguments -----------------------------------------------------------------------------------------------
 
 
-def _explain_args(table: ArgsTable) -> Explanation:
+def _explain_args(table: ArgsTable, *, path: tuple[str, ...]) -> Explanation:
     field = resource_schema()
-    for name in ARGS_PATH:
+    for name in path:
         field = field["properties"][name]
     return Explanation(
-        path=".".join(ARGS_PATH),
+        path=".".join(path),
         type=f"keys of {table.class_name}, TRL {table.library['trl']}",
         description=field["description"],
         mutable=False,
@@ -201,15 +202,14 @@ def _default_of(default: object) -> str:
     return f"default {write_value(default)}"
 
 
-def _explain_arg(key: str, table: ArgsTable) -> Explanation:
+def _explain_arg(key: str, table: ArgsTable, *, path: str) -> Explanation:
     row = table.keys.get(key)
-    path = ".".join([*ARGS_PATH, key])
     if row is None:
         if key in table.elsewhere:
-            raise UnknownField(f"{path}: is no key of {table.class_name}: {table.elsewhere[key]}")
+            raise UnknownField(f"{path}.{key}: is no key of {table.class_name}: {table.elsewhere[key]}")
         near = nearest(key, table.keys)
-        hint = f", did you mean {'.'.join([*ARGS_PATH, near])}?" if near else "; `posttrain explain spec.sft.args`"
-        raise UnknownField(f"{path}: is no key of {table.class_name}{hint}")
+        hint = f", did you mean {path}.{near}?" if near else f"; `posttrain explain {path}`"
+        raise UnknownField(f"{path}.{key}: is no key of {table.class_name}{hint}")
     description = row.help
     if row.owned is not None:
         description = f"Set by posttrain: {row.owned}. ({row.help})"
@@ -217,7 +217,7 @@ def _explain_arg(key: str, table: ArgsTable) -> Explanation:
         instead = f": write {row.replacement}" if row.replacement else ""
         description = f"{row.help} Deprecated in {table.class_name}{instead}."
     return Explanation(
-        path=path,
+        path=f"{path}.{key}",
         type=describe_type(row.type),
         description=description,
         mutable=False,

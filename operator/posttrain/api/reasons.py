@@ -265,6 +265,12 @@ _CATALOGUE = (
         advice="Look at the logs of the rank that reported last; raise the deadline if a phase really takes that long.",
     ),
     Reason(
+        name="RewardFunctionFailed",
+        message="No reward could score any completion of a step, or an own reward fails on the data.",
+        advice="Mend the reward that the message names, or the column that it reads: nothing is learnt from "
+        "completions without a reward.",
+    ),
+    Reason(
         name="NonFiniteLoss",
         message="A loss or gradient norm was not finite.",
         advice="Lower the learning rate, raise warm-up, check the data at the step that is named.",

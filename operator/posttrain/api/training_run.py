@@ -21,12 +21,14 @@ from posttrain.api.base import (
     StatusModel,
     Time,
 )
+from posttrain.api.grpo import Grpo
 from posttrain.api.rules import Rule
 from posttrain.api.shapes import (
     Access,
     Callback,
     Checkpoints,
     Code,
+    ColumnName,
     Dataset,
     EntryPoint,
     Lora,
@@ -41,6 +43,7 @@ from posttrain.api.shapes import (
 from posttrain.api.training_run_status import TrainingRunStatus
 
 KIND: Literal["TrainingRun"] = "TrainingRun"
+Method = Literal["sft", "grpo"]
 PLURAL = "trainingruns"
 
 NAME_RULE = (
@@ -108,14 +111,26 @@ class TrainingRunSpec(ApiModel):
         description="Seed of the shuffles of the mixture. Default: 0.",
         examples=[42],
     )
+    prompt_column: ColumnName | None = Field(
+        default=None,
+        description="The column that holds what the model is asked, for grpo: a text, which becomes the user's turn "
+        "where the model has a chat template, or a list of messages. Default: prompt.",
+        examples=["problem"],
+    )
     system_prompt: LongText | None = Field(
         default=None,
         description="System message put before every conversation that has none.",
         examples=["You are a careful mathematician."],
     )
-    sft: Sft = Field(
+    sft: Sft | None = Field(
+        default=None,
         description="How to train: supervised fine-tuning with TRL's SFTTrainer.",
         examples=[{"args": {"learning_rate": 0.00002, "num_train_epochs": 1}}],
+    )
+    grpo: Grpo | None = Field(
+        default=None,
+        description="How to train: reinforcement learning on rewards, with TRL's GRPOTrainer.",
+        examples=[{"rewards": [{"name": "accuracy"}], "args": {"num_generations": 8}}],
     )
     peft: Lora | None = Field(
         default=None,
@@ -201,6 +216,19 @@ class TrainingRunSpec(ApiModel):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
+            field="",
+            message="exactly one of sft (supervised fine-tuning) and grpo (reinforcement learning on rewards) says how "
+            "to train",
+            cel="has(self.sft) != has(self.grpo)",
+            holds=lambda spec: ("sft" in spec) != ("grpo" in spec),
+        ),
+        Rule(
+            field="promptColumn",
+            message="promptColumn is for grpo: leave it out; with sft name the columns by datasets[].rename",
+            cel="!has(self.promptColumn) || has(self.grpo)",
+            holds=lambda spec: "promptColumn" not in spec or "grpo" in spec,
+        ),
+        Rule(
             field="testFraction",
             message="evalDatasets and testFraction both name held-out data: keep one of them",
             cel="!has(self.testFraction) || size(self.evalDatasets) == 0",
@@ -258,11 +286,41 @@ class TrainingRunSpec(ApiModel):
         ),
         Rule(
             field="code",
-            message="callbacks and sft.trainerClass are looked up in own code, and none is given: set spec.code",
-            cel="has(self.code) || (size(self.callbacks) == 0 && !has(self.sft.trainerClass))",
-            holds=lambda spec: "code" in spec or (not spec["callbacks"] and "trainerClass" not in spec["sft"]),
+            message="callbacks and trainerClass are looked up in own code, and none is given: set spec.code",
+            cel="has(self.code) || (size(self.callbacks) == 0 && !(has(self.sft) && has(self.sft.trainerClass)) && "
+            "!(has(self.grpo) && has(self.grpo.trainerClass)))",
+            holds=lambda spec: (
+                "code" in spec
+                or (
+                    not spec["callbacks"]
+                    and "trainerClass" not in spec.get("sft", {})
+                    and "trainerClass" not in spec.get("grpo", {})
+                )
+            ),
+        ),
+        Rule(
+            field="code",
+            message="a reward's function is looked up in own code, and none is given: set spec.code",
+            cel="has(self.code) || !has(self.grpo) || self.grpo.rewards.all(reward, !has(reward.function))",
+            holds=lambda spec: (
+                "code" in spec
+                or "grpo" not in spec
+                or all("function" not in reward for reward in spec["grpo"]["rewards"])
+            ),
         ),
     )
+
+    @property
+    def method(self) -> Method:
+        """The field that says how to train."""
+        return "grpo" if self.sft is None else "sft"
+
+    @property
+    def training(self) -> Sft | Grpo:
+        """What that field holds."""
+        training = self.sft or self.grpo
+        assert training is not None  # by the first of the rules
+        return training
 
 
 class Metadata(StatusModel):

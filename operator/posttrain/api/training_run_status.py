@@ -29,6 +29,8 @@ class HistoryPoint(StatusModel):
     """Optimizer step."""
     loss: str | None = None
     """Training loss."""
+    reward: str | None = None
+    """Mean weighted reward of the completions, for grpo."""
     learning_rate: str | None = None
     """Learning rate."""
 

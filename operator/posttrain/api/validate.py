@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from posttrain.api.args import check_args, coerce_args, load_table
 from posttrain.api.base import API_VERSION, BROKEN_RULE, RUN_NAME_MAX_LENGTH, ApiModel
+from posttrain.api.grpo_checks import find_grpo_problems
 from posttrain.api.loader import Path, format_path
+from posttrain.api.methods import METHODS, args_path, coerce_spec, find_args_problems, table_of
 from posttrain.api.patterns import explain_pattern
 from posttrain.api.rules import Rule
 from posttrain.api.schema import Node, child, drop_nulls, fill_defaults, model_in, resource_schema
@@ -33,7 +34,7 @@ _SYNONYMS = {"id": "source", "weight": "fraction"}
 
 
 def parse_training_run(data: Mapping[str, Any], *, origin: str = "", line_of: LineOf | None = None) -> TrainingRun:
-    """Return the TrainingRun in `data`, its `sft.args` checked and coerced.
+    """Return the TrainingRun in `data`, its `args` checked and coerced.
 
     Raises:
         InvalidResource: with every problem that can be seen in the resource itself, in the order of their lines where
@@ -51,12 +52,13 @@ def parse_training_run(data: Mapping[str, Any], *, origin: str = "", line_of: Li
             errors = [item for item in error.errors() if not _is_consequence(item)]
         found += [(_path_of(item), _explain(item)) for item in errors if _path_of(item) not in {p for p, _ in found}]
         found += _broken_rules(sent, doubtful=[_meant_path(item) for item in errors])
-        found += _wrong_args(sent)
+        wrong_args = _wrong_args(sent)
+        found += wrong_args
+        if run is not None and not wrong_args:
+            found += find_grpo_problems(run.spec)
     if run is None or found:
         raise InvalidResource(_in_order(found, line_of=line_of), origin=origin)
-    args = coerce_args(run.spec.sft.args, load_table("sft_config"))
-    sft = run.spec.sft.model_copy(update={"args": args})
-    return run.model_copy(update={"spec": run.spec.model_copy(update={"sft": sft})})
+    return run.model_copy(update={"spec": coerce_spec(run.spec)})
 
 
 _Found = list[tuple[Path, str]]
@@ -154,21 +156,29 @@ def _explain_unknown(path: Path) -> str:
     names = list(around.get("properties", {}))
     near = nearest(_SYNONYMS.get(key, key), names)
     places = [] if near else _places_of(key)
-    table = load_table("sft_config")
     parts = ["unknown field"]
     if near is not None:
         parts.append(f", did you mean `{near}`?")
     elif places:
         parts.append(f", did you mean `{places[0]}`?")
-    elif key in table.keys:
-        parts.append(f": it is a key of {table.class_name}, write it as `spec.sft.args.{key}`")
-    elif key in table.elsewhere:
-        parts.append(f": {table.elsewhere[key]}")
+    else:
+        parts += _explain_key_of_args(key)
     if not places and len(names) <= _FEW:
         parts.append(f"{' Valid' if near else '; valid'} here: {join_names(names)}")
     elif len(parts) == 1:
         parts.append(f"; `posttrain explain {format_path(path[:-1]) or KIND}` lists the valid ones")
     return "".join(parts)
+
+
+def _explain_key_of_args(key: str) -> list[str]:
+    """Return where a key of a trainer's arguments belongs; nothing for other names."""
+    tables = {method: table_of(method) for method in METHODS}
+    homes = [method for method, table in tables.items() if key in table.keys]
+    if homes:
+        classes = join_names([tables[method].class_name for method in homes])
+        places = join_names([f"`{'.'.join(args_path(method))}.{key}`" for method in homes], conjunction="or")
+        return [f": it is a key of {classes}, write it as {places}"]
+    return [f": {table.elsewhere[key]}" for table in tables.values() if key in table.elsewhere][:1]
 
 
 def _places_of(key: str) -> list[str]:
@@ -274,14 +284,14 @@ def _objects(
 
 def _wrong_args(data: Mapping[str, Any]) -> _Found:
     spec = data.get("spec")
-    sft = spec.get("sft") if isinstance(spec, dict) else None
-    args = sft.get("args") if isinstance(sft, dict) else None
-    if not isinstance(spec, dict) or not isinstance(args, dict):
+    if not isinstance(spec, dict):
         return []
-    found = check_args(args, load_table("sft_config"))
-    wrong: _Found = [(("spec", "sft", "args", problem.key), problem.message) for problem in found]
-    strategy = args.get("eval_strategy")
-    if strategy in {"steps", "epoch"} and not spec.get("evalDatasets") and not spec.get("testFraction"):
-        message = f'"{strategy}" needs held-out data, and none is named: set spec.evalDatasets or spec.testFraction'
-        wrong.append((("spec", "sft", "args", "eval_strategy"), message))
+    wrong: _Found = list(find_args_problems(spec))
+    for method in METHODS:
+        asked = spec.get(method)
+        args = asked.get("args") if isinstance(asked, dict) else None
+        strategy = args.get("eval_strategy") if isinstance(args, dict) else None
+        if strategy in {"steps", "epoch"} and not spec.get("evalDatasets") and not spec.get("testFraction"):
+            message = f'"{strategy}" needs held-out data, and none is named: set spec.evalDatasets or spec.testFraction'
+            wrong.append(((*args_path(method), "eval_strategy"), message))
     return wrong

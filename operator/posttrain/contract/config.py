@@ -16,6 +16,7 @@ from posttrain.api.training_run import (
     MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
     MUTABLE_RESOURCES_FIELDS,
+    Method,
     TrainingRunSpec,
 )
 
@@ -75,7 +76,7 @@ class TrainingConfig(ContractModel):
     schema_version: Literal[1] = 1
     run: RunIdentity
     attempt: int
-    method: Literal["sft"]
+    method: Method
     config_hash: str
     spec: TrainingRunSpec
     args: JsonObject

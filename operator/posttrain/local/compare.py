@@ -70,7 +70,7 @@ def differences(first: Side, *, second: Side) -> list[Difference]:
     """
     specs = [dict(flatten(side.run.spec.to_data(), path="spec")) for side in (first, second)]
     found = _pair(specs[0], specs[1], section="Spec")
-    in_spec = {difference.name.removeprefix("spec.sft.args.") for difference in found}
+    in_spec = {difference.name.rpartition(".args.")[2] for difference in found}
     args = [
         {
             name: _text(value)

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 
 from posttrain import __version__
-from posttrain.api.args import load_table
 from posttrain.api.loader import dump_document
+from posttrain.api.methods import table_of
 from posttrain.api.training_run import TrainingRun
 from posttrain.contract.facts import (
     CheckpointSaved,
@@ -44,12 +44,23 @@ HELD_OUT = "eval_"
 """Prefix that transformers gives to the metrics of held-out data."""
 
 _TITLES = {
+    "reward": "Reward",
     "loss": "Loss",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "mean_token_accuracy": "Token accuracy",
     "entropy": "Entropy",
+    "kl": "KL divergence from the reference model",
+    "completions/mean_length": "Tokens of a completion",
+    "completions/clipped_ratio": "Share of completions cut off",
+    "frac_reward_zero_std": "Share of groups without a difference",
 }
+# Several metrics that are read together, as lines of one chart: its title by what the names begin and end with.
+_TOGETHER = {
+    ("rewards/", "/mean"): "Rewards",
+    ("time/", ""): "Seconds of a step",
+}
+_COLOURS = 6
 _NO_CURVES = {"epoch", "num_tokens", "num_input_tokens_seen", "total_flos"}
 _NO_CURVE_PREFIXES = ("train_", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
 
@@ -131,7 +142,8 @@ _NOTES = {
 
 def title_of(name: str) -> str:
     """Return a metric's name for people."""
-    known = {**_TITLES, "tokens_per_second": "Tokens per second", "steps_per_second": "Steps per second"}
+    speeds = {"tokens_per_second": "Tokens per second", "steps_per_second": "Steps per second"}
+    known = _TITLES | speeds | {title: title for title in _TOGETHER.values()}
     return known.get(name) or name.replace("_", " ").capitalize()
 
 
@@ -140,6 +152,18 @@ def metric_lines(records: Records) -> dict[str, list[Line]]:
     logged = {name for numbers in records.history.values() for name in numbers}
     shown = {name.removeprefix(HELD_OUT) for name in logged if not name.startswith(_NO_CURVE_PREFIXES)} - _NO_CURVES
     lines: dict[str, list[Line]] = {}
+    together: dict[str, list[Line]] = {}
+    for (begin, end), title in _TOGETHER.items():
+        members = sorted(name for name in shown if name.startswith(begin) and name.endswith(end))
+        shown -= {name for name in shown if name.startswith(begin)}
+        together[title] = [
+            Line(
+                name=name.removeprefix(begin).removesuffix(end),
+                points=curve_of(records.history, name=name),
+                colour=index % _COLOURS + 1,
+            )
+            for index, name in enumerate(members)
+        ]
     for name in sorted(shown, key=lambda name: (list(_TITLES).index(name) if name in _TITLES else 99, name)):
         lines[name] = [
             Line(
@@ -150,6 +174,7 @@ def metric_lines(records: Records) -> dict[str, list[Line]]:
             ),
             Line(name="held out", points=curve_of(records.history, name=HELD_OUT + name), colour=2),
         ]
+    lines |= together
     speed = throughput_curve(records.facts)
     name = "tokens_per_second" if speed else "steps_per_second"
     lines[name] = [Line(name="training", points=speed or throughput_curve(records.facts, name=""), colour=1)]
@@ -160,7 +185,12 @@ def headline_figures(run: TrainingRun, *, records: Records) -> list[Figure]:
     """Return the numbers that say how the run went."""
     status = run.status
     figures = []
-    for name, label in (("loss", "Loss"), ("eval_loss", "Held-out loss")):
+    for name, label in (
+        ("reward", "Reward"),
+        ("eval_reward", "Held-out reward"),
+        ("loss", "Loss"),
+        ("eval_loss", "Held-out loss"),
+    ):
         points = curve_of(records.history, name=name)
         if points:
             note = f"from {format_value(points[0][1])} at step {points[0][0]}" if len(points) > 1 else ""
@@ -204,11 +234,11 @@ def median_rate(points: Points) -> float | None:
 
 def changed_arguments(run: TrainingRun, *, effective: Mapping[str, object]) -> list[Argument]:
     """Return the arguments that the trainer had and that are not the defaults its class declares."""
-    keys = load_table("sft_config").keys
+    keys = table_of(run.spec.method).keys
     changed = []
     for name in sorted(effective):
         row = keys.get(name)
-        given = name in run.spec.sft.args
+        given = name in run.spec.training.args
         if not given and (row is None or effective[name] == row.default):
             continue
         origin = "your args" if given else "posttrain" if row and row.owned else "derived"

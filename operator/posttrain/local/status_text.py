@@ -78,8 +78,9 @@ def progress_text(status: TrainingRunStatus) -> str:
         text += f" ({progress.percentage}%)"
     if progress.eta_seconds and status.completion_time is None:
         text += f", {format_duration(progress.eta_seconds)} left"
-    if loss := metric(status, name="loss"):
-        text += f", loss {format_decimal(loss)}"
+    for name in ("reward", "loss"):
+        if value := metric(status, name=name):
+            text += f", {name} {format_decimal(value)}"
     return text
 
 

@@ -5,7 +5,9 @@ It owns the problems and their wording; it must not look at anything observed.
 
 from __future__ import annotations
 
-from posttrain.api.args import check_args, load_table
+from posttrain.api.grpo_checks import find_grpo_problems
+from posttrain.api.loader import format_path
+from posttrain.api.methods import args_path, find_args_problems
 from posttrain.api.training_run import TrainingRunSpec
 from posttrain.errors import Problem
 from posttrain.plan.deepspeed import STAGES, find_deepspeed_problems
@@ -29,14 +31,14 @@ def find_spec_problems(spec: TrainingRunSpec, *, settings: Settings) -> list[Pro
 
 
 def _args(spec: TrainingRunSpec) -> list[Problem]:
-    found = check_args(spec.sft.args, load_table("sft_config"))
-    return [Problem(path=f"spec.sft.args.{problem.key}", message=problem.message) for problem in found]
+    found = find_args_problems(spec.to_data()) or find_grpo_problems(spec)
+    return [Problem(path=format_path(path), message=message) for path, message in found]
 
 
 def _parallelism(spec: TrainingRunSpec) -> list[Problem]:
     parallelism = spec.parallelism
     if parallelism.strategy in STAGES:
-        return find_deepspeed_problems(parallelism)
+        return find_deepspeed_problems(parallelism, args=".".join(args_path(spec.method)))
     if parallelism.strategy == "FSDP":
         return find_fsdp_problems(parallelism)
     if parallelism.config:

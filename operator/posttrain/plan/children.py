@@ -150,10 +150,10 @@ def _config(situation: Situation, *, attempt: int) -> TrainingConfig:
     return TrainingConfig(
         run=RunIdentity(kind=run.kind, namespace=run.metadata.namespace, name=situation.name),
         attempt=attempt,
-        method="sft",
+        method=spec.method,
         config_hash=situation.config_hash,
         spec=spec,
-        args=spec.sft.args,
+        args=spec.training.args,
         model=situation.sources["model"],
         datasets=tuple(situation.sources[f"datasets/{i}"] for i in range(len(spec.datasets))),
         eval_datasets=tuple(situation.sources[f"evalDatasets/{i}"] for i in range(len(spec.eval_datasets))),

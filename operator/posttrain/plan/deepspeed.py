@@ -13,11 +13,11 @@ from posttrain.errors import Problem
 
 STAGES = {"ZeRO1": 1, "ZeRO2": 2, "ZeRO3": 3}
 
-_FROM_ARGS = "DeepSpeed takes it from spec.sft.args.{}: set it there"
+_FROM_ARGS = "DeepSpeed takes it from {{args}}.{}: set it there"
 _FROM_OFFLOAD = "set spec.parallelism.offload"
 _OWNED = {
     "train_batch_size": "it follows from the batch size, the accumulation steps and the number of ranks: "
-    "set spec.sft.args.per_device_train_batch_size and gradient_accumulation_steps",
+    "set {args}.per_device_train_batch_size and gradient_accumulation_steps",
     "train_micro_batch_size_per_gpu": _FROM_ARGS.format("per_device_train_batch_size"),
     "gradient_accumulation_steps": _FROM_ARGS.format("gradient_accumulation_steps"),
     "gradient_clipping": _FROM_ARGS.format("max_grad_norm"),
@@ -55,13 +55,16 @@ def build_deepspeed_config(parallelism: Parallelism) -> dict[str, Any]:
     return _merge(generated, parallelism.config or {})
 
 
-def find_deepspeed_problems(parallelism: Parallelism) -> list[Problem]:
-    """Return the keys of the user's configuration that are the platform's, each with where it is set instead."""
+def find_deepspeed_problems(parallelism: Parallelism, *, args: str) -> list[Problem]:
+    """Return the keys of the user's configuration that are the platform's, each with where it is set instead.
+
+    `args` is the path of the training arguments: `spec.sft.args`.
+    """
     problems = []
     for key in _leaves(parallelism.config or {}):
         owned = next((o for o in _OWNED if key == o or key.startswith(o + ".") or o.startswith(key + ".")), None)
         if owned is not None:
-            message = f"is set by posttrain: {_OWNED[owned]}"
+            message = f"is set by posttrain: {_OWNED[owned].format(args=args)}"
             problems.append(Problem(path=f"spec.parallelism.config.{key}", message=message))
     return problems
 

@@ -44,6 +44,7 @@ from posttrain.contract.progress import KubeflowReport
 
 HISTORY_MAX_POINTS = 32
 METRICS_KEPT = 20
+_LOOKED_FOR = frozenset({"loss", "reward", "learning_rate", "grad_norm", "eval_loss", "eval_reward"})
 _SKIPPED_KEPT = 5
 _ACKNOWLEDGED_KEPT = 32
 _TEXT_MAX_LENGTH = 512
@@ -274,7 +275,12 @@ def _take_logged(progress: Progress, logged: Logged, *, of_current: bool, receiv
     newest = max((point.step for point in progress.history or ()), default=0)
     if not dropped:
         numbers = {name: value for name, value in values.items() if len(value) <= _NUMBER_MAX_LENGTH}
-        point = HistoryPoint(step=logged.step, loss=numbers.get("loss"), learning_rate=numbers.get("learning_rate"))
+        point = HistoryPoint(
+            step=logged.step,
+            loss=numbers.get("loss"),
+            reward=numbers.get("reward"),
+            learning_rate=numbers.get("learning_rate"),
+        )
         progress = _with(progress, history=_add_point(progress.history or [], point) or None)
     if not of_current or logged.step < newest:
         return progress
@@ -376,7 +382,7 @@ def _acknowledge(progress: Progress, fact: Fact) -> Progress:
 
 def _add_point(history: list[HistoryPoint], point: HistoryPoint) -> list[HistoryPoint]:
     """Return the history with the point, thinned to its limit so that the points stay evenly spread over the steps."""
-    if point.loss is None and point.learning_rate is None:
+    if point.loss is None and point.reward is None and point.learning_rate is None:
         return history
     points = sorted([*(p for p in history if p.step != point.step), point], key=lambda p: p.step)
     while len(points) > HISTORY_MAX_POINTS:
@@ -387,11 +393,11 @@ def _add_point(history: list[HistoryPoint], point: HistoryPoint) -> list[History
 
 def _merge_metrics(known: list[Metric] | None, values: dict[str, str]) -> list[Metric] | None:
     merged = {metric.name: metric.value for metric in known or ()}
-    # The newest come last, so that the oldest names are those that a full list drops.
+    # The newest come last, so that the oldest names are those that a full list drops; but never what people look for.
     for name, value in values.items():
         merged.pop(name, None)
         merged[name] = value
-    kept = list(merged.items())[-METRICS_KEPT:]
+    kept = sorted(merged.items(), key=lambda metric: metric[0] in _LOOKED_FOR)[-METRICS_KEPT:]
     return sorted((Metric(name=name, value=value) for name, value in kept), key=lambda m: m.name) or None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 
-from posttrain.api.args import coerce_args, load_table
+from posttrain.api.methods import coerce_spec
 from posttrain.api.training_run import TrainingRun, TrainingRunSpec
 from posttrain.api.training_run_status import Progress, ProvenanceStatus, TrainingRunStatus
 from posttrain.contract.config import ResolvedSource, config_hash
@@ -70,9 +70,7 @@ class Situation:
     @cached_property
     def spec(self) -> TrainingRunSpec:
         """The spec with its `args` coerced. Only where `problems` is empty."""
-        table = load_table("sft_config")
-        sft = self.run.spec.sft.model_copy(update={"args": coerce_args(self.run.spec.sft.args, table)})
-        return self.run.spec.model_copy(update={"sft": sft})
+        return coerce_spec(self.run.spec)
 
     @cached_property
     def config_hash(self) -> str:

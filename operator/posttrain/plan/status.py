@@ -69,7 +69,7 @@ def carry_facts(situation: Situation) -> TrainingRunStatus:
     status, run = situation.status, situation.run
     changes: dict[str, Any] = {
         "observed_generation": run.metadata.generation,
-        "method": "SFT",
+        "method": run.spec.method.upper(),
         "gpus": run.spec.resources.num_nodes * run.spec.resources.gpus_per_node,
         "progress": None,
     }

@@ -108,7 +108,7 @@ def build_trainer_template(inputs: PodInputs) -> dict[str, Any]:
         container={
             "name": TRAINER_CONTAINER,
             "image": inputs.image,
-            "command": ["python", "-m", "posttrain_workloads.launch", "sft"],
+            "command": ["python", "-m", "posttrain_workloads.launch", run.spec.method],
             "env": [*_trainer_env(inputs), *_common_env(inputs), *_user_env(inputs)],
             "resources": _trainer_resources(inputs),
             "securityContext": _container_security(add=("IPC_LOCK",) if profile.allow_ipc_lock else ()),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from posttrain.api.args import load_table
+from posttrain.api.methods import table_of
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Cause
@@ -60,7 +60,7 @@ def pin_spec(situation: Situation) -> ProvenanceStatus:
         provenance = pin_profile(situation)
     if provenance.config_hash is not None:
         return provenance
-    seed = situation.spec.sft.args.get("seed", load_table("sft_config").keys["seed"].default)
+    seed = situation.spec.training.args.get("seed", table_of(situation.spec.method).keys["seed"].default)
     return provenance.model_copy(
         update={
             "config_hash": situation.config_hash,

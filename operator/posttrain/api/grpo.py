@@ -1,0 +1,90 @@
+"""The shape of GRPO: group relative policy optimization with TRL's GRPOTrainer, on rewards.
+
+It owns what the fields under `spec.grpo` mean and which values they take; it must not know what a reward computes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.api.base import ApiModel, Decimal, JsonObject, ShortText
+from posttrain.api.rules import Rule
+from posttrain.api.shapes import EntryPoint
+
+
+class Reward(ApiModel):
+    """One reward: a function from a completion to a number."""
+
+    name: ShortText | None = Field(
+        default=None,
+        description="A reward that posttrain has; docs/rewards.md lists them.",
+        examples=["accuracy"],
+    )
+    function: EntryPoint | None = Field(
+        default=None,
+        description="`module:name` of a reward in `code`: a function of prompts, completions and the data's columns, "
+        "which returns a number, or None where it cannot score, for each completion.",
+        examples=["rewards:says_please"],
+    )
+    weight: Decimal = Field(
+        default="1",
+        description="What the reward is multiplied by before all are added up. Default: 1.",
+        examples=["0.5"],
+    )
+    params: JsonObject = Field(
+        default={},
+        max_length=64,
+        description="Parameters of the reward, by name. Default: none.",
+        examples=[{"max_len": 2000}],
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="",
+            message="exactly one of name (a reward that posttrain has) and function (one of your own) says what is "
+            "rewarded",
+            cel="has(self.name) != has(self.function)",
+            holds=lambda reward: ("name" in reward) != ("function" in reward),
+        ),
+    )
+
+
+class Rollout(ApiModel):
+    """How completions are generated."""
+
+    mode: Literal["Transformers"] = Field(
+        default="Transformers",
+        description="Transformers: the trainer's own model generates, by transformers. Default: Transformers.",
+        examples=["Transformers"],
+    )
+
+
+class Grpo(ApiModel):
+    """Reinforcement learning on rewards, with TRL's GRPOTrainer."""
+
+    args: JsonObject = Field(
+        default={},
+        max_length=256,
+        description="Keys of TRL's GRPOConfig; an unknown key, a wrong type or a key that posttrain sets itself is "
+        "refused. `posttrain explain spec.grpo.args` lists them. Plain `kubectl apply` loses a null: use "
+        "`kubectl apply --server-side` for one.",
+        examples=[{"learning_rate": 0.000001, "num_generations": 8, "max_completion_length": 1024}],
+    )
+    trainer_class: EntryPoint | None = Field(
+        default=None,
+        description="`module:Name` of a subclass of trl.GRPOTrainer in `code`.",
+        examples=["trainers:MyGRPOTrainer"],
+    )
+    rewards: tuple[Reward, ...] = Field(
+        min_length=1,
+        max_length=32,
+        description="What is rewarded: the weighted sum of all of them.",
+        examples=[[{"name": "accuracy"}, {"name": "format", "weight": "0.5"}]],
+    )
+    rollout: Rollout = Field(
+        default=Rollout(),
+        description="How completions are generated. Default: by the trainer's own model.",
+        examples=[{"mode": "Transformers"}],
+    )

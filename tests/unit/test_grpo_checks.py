@@ -1,0 +1,123 @@
+"""What a grpo spec is told before anything runs: its method, rewards, parameters, groups and arguments."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from posttrain.api.explain import explain
+from posttrain.api.training_run import TrainingRun
+from posttrain.api.validate import parse_training_run
+from posttrain.contract.config import TrainingConfig
+from posttrain.errors import InvalidResource
+from posttrain.plan.training_run import preview_training_run
+from posttrain.settings import Settings
+from tests.support.builders import T0
+
+
+def build_resource(*, grpo: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "posttrain.dev/v1alpha1",
+        "kind": "TrainingRun",
+        "metadata": {"name": "demo"},
+        "spec": {
+            "model": {"source": "org/model"},
+            "datasets": [{"source": "org/problems"}],
+            "grpo": {"rewards": [{"name": "accuracy"}], **(grpo or {})},
+            "checkpoints": {"storage": {"size": "1Gi"}},
+            **spec,
+        },
+    }
+
+
+def problems_of(**fields: Any) -> dict[str, str]:
+    with pytest.raises(InvalidResource) as refused:
+        parse_training_run(build_resource(**fields))
+    return {problem.path: problem.message for problem in refused.value.problems}
+
+
+def test_a_grpo_run_is_accepted_with_its_arguments_coerced() -> None:
+    run = parse_training_run(build_resource(grpo={"args": {"learning_rate": 1, "loss_type": "dr_grpo"}}))
+    assert isinstance(run, TrainingRun)
+    assert run.spec.method == "grpo"
+    assert run.spec.training.args == {"learning_rate": 1.0, "loss_type": "dr_grpo"}
+    assert isinstance(run.spec.training.args["learning_rate"], float)
+
+
+def test_sft_and_grpo_exclude_each_other_and_one_is_needed() -> None:
+    said = "exactly one of sft (supervised fine-tuning) and grpo"
+    assert said in problems_of(sft={})["spec"]
+    both_missing = build_resource()
+    del both_missing["spec"]["grpo"]
+    with pytest.raises(InvalidResource, match="exactly one of sft"):
+        parse_training_run(both_missing)
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"rewards": []}, "spec.grpo.rewards", "is empty: at least 1 is needed"),
+    ({"rewards": [{"name": "acuracy"}]}, "spec.grpo.rewards[0].name", "did you mean accuracy?"),
+    ({"rewards": [{"weight": "1"}]}, "spec.grpo.rewards[0]", "exactly one of name"),
+    ({"rewards": [{"name": "accuracy", "weight": 0.5}]}, "spec.grpo.rewards[0].weight", 'write it quoted, "0.5"'),
+    ({"rewards": [{"function": "mine:score"}]}, "spec.code", "a reward's function is looked up in own code"),
+    (
+        {"rewards": [{"name": "cosine", "params": {"max_length": 5}}]},
+        "spec.grpo.rewards[0].params.max_length",
+        "did you mean `max_len`?",
+    ),
+    (
+        {"rewards": [{"name": "repetition_penalty", "params": {"max_penalty": 0.5}}]},
+        "spec.grpo.rewards[0].params.max_penalty",
+        "write -0.5",
+    ),
+    ({"rollout": {"mode": "Server"}}, "spec.grpo.rollout.mode", 'must be Transformers, not the string "Server"'),
+    ({"args": {"max_length": 5}}, "spec.grpo.args.max_length", "a prompt is never cut"),
+    ({"args": {"loss_type": "grop"}}, "spec.grpo.args.loss_type", 'did you mean "grpo"?'),
+    ({"args": {"use_vllm": True}}, "spec.grpo.args.use_vllm", "it follows from spec.grpo.rollout"),
+    ({"args": {"reward_weights": [1.0]}}, "spec.grpo.args.reward_weights", "write spec.grpo.rewards[].weight"),
+    (
+        {"args": {"num_generations": 5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}},
+        "spec.grpo.args.num_generations",
+        "do not fill up the 12 of a rollout (per_device_train_batch_size 4 x steps_per_generation 3 (by default "
+        "gradient_accumulation_steps) x 1 rank): write 2, 3, 4, 6 or 12",
+    ),
+]
+
+
+@pytest.mark.parametrize(("grpo", "path", "said"), BAD, ids=[path for _, path, _ in BAD])
+def test_one_mistake_is_named_with_its_place_and_its_remedy(grpo: dict[str, Any], path: str, said: str) -> None:
+    found = problems_of(grpo=grpo)
+    assert list(found) == [path]
+    assert said in found[path]
+
+
+def test_a_reward_that_compares_completions_needs_whole_groups_on_a_rank() -> None:
+    args = {"num_generations": 8, "per_device_train_batch_size": 4}
+    ranks = {"gpusPerNode": 2}
+    assert parse_training_run(build_resource(grpo={"args": args}, resources=ranks))
+    found = problems_of(grpo={"args": args, "rewards": [{"name": "length"}]}, resources=ranks)
+    said = "reward length compares the completions of a prompt, and a rank makes 4"
+    assert said in found["spec.grpo.args.num_generations"]
+
+
+def test_a_prompt_column_is_for_grpo() -> None:
+    data = build_resource(promptColumn="problem")
+    data["spec"]["sft"] = {}
+    del data["spec"]["grpo"]
+    with pytest.raises(InvalidResource, match="promptColumn is for grpo"):
+        parse_training_run(data)
+
+
+def test_a_grpo_run_is_planned_to_ranks_that_run_grpo() -> None:
+    run = parse_training_run(build_resource(promptColumn="problem"))
+    objects = {manifest["kind"]: manifest for manifest in preview_training_run(run, now=T0, settings=Settings())}
+    pod = objects["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    assert pod["containers"][0]["command"] == ["python", "-m", "posttrain_workloads.launch", "grpo"]
+    config = TrainingConfig.model_validate(json.loads(objects["ConfigMap"]["data"]["config.json"]))
+    assert (config.method, config.spec.prompt_column) == ("grpo", "problem")
+
+
+def test_the_arguments_of_grpo_are_explained() -> None:
+    assert explain("spec.grpo.args").type.startswith("keys of trl.GRPOConfig")
+    assert explain("spec.grpo.args.loss_type").default == '"dapo"'

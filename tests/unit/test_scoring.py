@@ -1,0 +1,71 @@
+"""Rewards as the trainer calls them: what becomes of errors, odd numbers and silence in one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from posttrain_workloads.runtime import RankFailure
+from posttrain_workloads.scoring import WatchedReward
+
+
+def call(score: Any, *, completions: list[str]) -> tuple[WatchedReward, list[float | None], dict[str, float]]:
+    """Return the reward, its scores and what it logged."""
+    logged: dict[str, float] = {}
+    reward = WatchedReward("mine", score)
+    scores = reward(
+        prompts=["?"] * len(completions),
+        completions=completions,
+        log_metric=logged.__setitem__,
+        trainer_state=None,
+        solution=completions,
+    )
+    return reward, scores, logged
+
+
+def count_letters(prompts: list[str], completions: list[str], solution: list[str], **columns: Any) -> list[int | None]:
+    assert solution == completions
+    if "bad" in completions:
+        raise ValueError("cannot read it")
+    return [len(completion) or None for completion in completions]
+
+
+def test_a_reward_scores_what_it_can_and_the_rest_is_counted() -> None:
+    _, scores, logged = call(count_letters, completions=["a", "bb", "", "cc"])
+    assert scores == [1, 2, None, 2]
+    assert logged == {"rewards/mine/failed": 0, "rewards/mine/unscored": 0.25}
+
+
+def test_a_completion_on_which_a_reward_fails_is_named_and_takes_nothing_from_the_others() -> None:
+    reward, scores, logged = call(count_letters, completions=["a", "bad", "ccc", "bad"])
+    assert scores == [1, None, 3, None]
+    assert logged == {"rewards/mine/failed": 0.5, "rewards/mine/unscored": 0.5}
+    assert reward.last_error.startswith("reward mine, row 3 (prompt '?', completion 'bad'): ")
+    assert reward.last_error.endswith("ValueError: cannot read it")
+
+
+def test_a_number_that_is_not_finite_is_no_reward() -> None:
+    reward, scores, logged = call(lambda completions, **_: [math.nan, 1.0], completions=["a", "b"])
+    assert scores == [None, 1.0]
+    assert logged == {"rewards/mine/failed": 0.5, "rewards/mine/unscored": 0.5}
+    assert reward.last_error == "reward mine, row 0 (prompt '?', completion 'a'): gives nan"
+
+
+def test_a_reward_that_fails_only_on_all_together_scores_none() -> None:
+    def compare(completions: list[str], **columns: Any) -> list[float]:
+        if len(completions) > 1:
+            raise KeyError("two")
+        return [1.0]
+
+    reward, scores, logged = call(compare, completions=["a", "b"])
+    assert scores == [None, None]
+    assert logged["rewards/mine/failed"] == 1
+    assert reward.last_error.startswith("reward mine fails on 2 completions together: ")
+
+
+def test_a_wrong_number_of_values_ends_the_run() -> None:
+    with pytest.raises(RankFailure, match="reward mine returned 1 values for 2 completions") as failed:
+        call(lambda completions, **_: [1.0], completions=["a", "b"])
+    assert failed.value.reason == "RewardFunctionFailed"

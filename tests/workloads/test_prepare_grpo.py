@@ -1,0 +1,116 @@
+"""What prepare finds in the inputs of grpo, good and bad: one process of the trainer's environment runs all cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.workloads._configs import build_grpo_config
+from tests.workloads._prepare_configs import run_cases, write_jsonl
+
+pytestmark = pytest.mark.workloads
+
+OWN_CODE = {
+    "good_rewards.py": "def fair(completions, answer, **columns):\n    return [float(a) for a in answer]\n",
+    "bad_rewards.py": (
+        "def fails(completions, answer, **columns):\n    return [int(a['x']) for a in answer]\n\n"
+        "def few(completions, **columns):\n    return [1.0]\n\n"
+        "def text(completions, **columns):\n    return ['high'] * len(completions)\n"
+    ),
+    "broken_rewards.py": "import nothing_of_the_kind\n",
+}
+
+
+@pytest.fixture(scope="module")
+def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every case found, by its name."""
+    folder = tmp_path_factory.mktemp("prepare-grpo")
+    sums = [{"problem": f"How much is {n} + 1?", "answer": n + 1, "solution": f"${n + 1}$"} for n in range(8)]
+    rows = write_jsonl(folder / "rows.jsonl", sums)
+    talks = write_jsonl(
+        folder / "talks.jsonl",
+        [{"problem": [{"role": "user", "content": f"{n}?"}], "prompt": "other", "solution": "1"} for n in range(8)],
+    )
+    long = write_jsonl(folder / "long.jsonl", [{**row, "problem": "What is this? " * 200} for row in sums])
+    for name, text in OWN_CODE.items():
+        file = folder / "code" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+
+    def case(name: str, *rewards: dict[str, Any], rows: Path = rows, **more: Any) -> dict[str, Any]:
+        given = list(rewards) or [{"name": "accuracy"}]
+        config = build_grpo_config(model=tiny_model, rows=rows, rewards=given, **more)
+        return {"name": name, "config": config, "code": str(folder / "code")}
+
+    cases = [
+        case("good", {"name": "accuracy"}, {"function": "good_rewards:fair"}, systemPrompt="Think."),
+        case("conversations", rows=talks, systemPrompt="Think."),
+        case("no column", promptColumn="problm"),
+        case("not text", promptColumn="answer"),
+        case("no solution", {"name": "code_format"}, {"name": "cosine"}, rows=write_jsonl(
+            folder / "bare.jsonl", [{"problem": "?", "answer": 1} for _ in range(8)]
+        )),
+        case("long", rows=long),
+        case("nearly long", args={"max_completion_length": 500}),
+        case("few rows", args={"per_device_train_batch_size": 32}),
+        case("does not import", {"function": "broken_rewards:score"}),
+        case(
+            "own rewards fail",
+            {"function": "bad_rewards:fails"},
+            {"function": "bad_rewards:few"},
+            {"function": "bad_rewards:text"},
+        ),
+        case("reference", args={"beta": 0.1}, model_fields={"config": {"rope_theta": 5.0}}),
+    ]  # fmt: skip
+    return run_cases(cases, python=trainer_python, folder=folder)
+
+
+def test_good_inputs_give_no_problem_and_a_forecast(found: dict[str, Any]) -> None:
+    good = found["good"]
+    assert good["problems"] == []
+    assert good["estimates"] == {
+        "longest prompt": good["estimates"]["longest prompt"],
+        "prompts": "8",
+        "completions of a rollout": "4, of 2 prompts",
+        "steps per epoch": "4",
+        "steps": "4",
+        "epochs": "1",
+    }
+    assert good["samples"][0]["text"].startswith("<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nHow much is")
+    assert good["samples"][0]["text"].endswith("<|im_start|>assistant\n")
+    assert good["effective_args"]["reward_weights"] == [1.0, 1.0]
+
+
+def test_conversations_are_taken_as_they_are_with_the_system_message(found: dict[str, Any]) -> None:
+    assert found["conversations"]["problems"] == []
+    assert "system\nThink.<|im_end|>\n<|im_start|>user\n" in found["conversations"]["samples"][0]["text"]
+
+
+BAD = [
+    ("no column", "DatasetColumnMissing", "there is no column problm with prompts; the data has problem, answer, sol"),
+    ("no column", "DatasetColumnMissing", "did you mean problem?"),
+    ("not text", "DatasetColumnMissing", "column answer holds something else, and a prompt is text or a list of"),
+    ("no solution", "DatasetColumnMissing", "spec.grpo.rewards[1]: reward cosine reads the column solution, and the"),
+    ("long", "DatasetRowsInvalid", "tokens, and the model sees 512 (max_position_embeddings): leave such rows out"),
+    ("few rows", "BatchNotDivisible", "a rollout takes 16 prompts (32 completions, 2 of each prompt), and the data"),
+    ("does not import", "CodeImportFailed", "ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
+    ("own rewards fail", "RewardFunctionFailed", "spec.grpo.rewards[0].function: bad_rewards:fails fails on the first"),
+    ("own rewards fail", "RewardFunctionFailed", "TypeError: 'int' object is not subscriptable"),
+    ("own rewards fail", "RewardFunctionFailed", "bad_rewards:few returns 1 values for 3 completions"),
+    ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 3 completions"),
+    ("reference", "ConfigInvalid", "the reference model is loaded without the overrides of spec.model.config"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "reason", "said"), BAD)
+def test_a_problem_is_named_with_its_reason_and_its_remedy(
+    found: dict[str, Any], case: str, reason: str, said: str
+) -> None:
+    assert any(problem.startswith(f"{reason}: ") and said in problem for problem in found[case]["problems"])
+
+
+def test_a_completion_that_may_outgrow_the_model_is_a_warning(found: dict[str, Any]) -> None:
+    assert found["nearly long"]["problems"] == []
+    assert "max_completion_length 500 are together more than the 512 tokens" in found["nearly long"]["warnings"][0]

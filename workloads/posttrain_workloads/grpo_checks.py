@@ -1,0 +1,293 @@
+"""What prepare looks at for GRPO: every prompt, its length, the rewards on real rows, rollouts, steps and memory.
+
+It owns the order of these checks and their wording; it must not load a model, nor generate anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from posttrain.api.grpo_checks import count_groups
+from posttrain.api.rewards import REWARDS
+from posttrain.api.spelling import join_names, nearest
+from posttrain.contract.config import TrainingConfig
+from posttrain_workloads.arguments import training_args
+from posttrain_workloads.data import Mixture, load_mixture
+from posttrain_workloads.forecast import forecast_memory
+from posttrain_workloads.formats import scan_rows
+from posttrain_workloads.outcome import KnownModel, Outcome
+from posttrain_workloads.problems import Findings, InvalidInputs, Problem, last_lines, refuse
+from posttrain_workloads.prompts import PROMPT, shape_prompts
+from posttrain_workloads.runtime import RankFailure
+from posttrain_workloads.scoring import WatchedReward, build_rewards
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+TRIED_ROWS = 3
+SHOWN_ROWS = 8
+_LONGEST_ROWS = 16
+
+
+def check_grpo(
+    config: TrainingConfig,
+    outcome: Outcome,
+    *,
+    args: GRPOConfig | None,
+    model: KnownModel,
+    environ: Mapping[str, str],
+) -> None:
+    """Look at prompts and rewards, and forecast steps and memory, as far as there is what that takes."""
+    findings = outcome.findings
+    rewards: list[WatchedReward] = []
+    with findings.collect():
+        rewards = build_rewards(config)
+    check_reference(config, findings)
+    mixture: Mixture | None = None
+    # Without a tokenizer, which is a problem already, the rest is looked at as with most models.
+    templated = model.tokenizer is None or bool(model.tokenizer.chat_template)
+    with findings.collect():
+        shape = functools.partial(shape_prompts, config, templated=templated)
+        mixture = load_mixture(config, shape=shape, environ=environ)
+    if mixture is None:
+        return
+    complete = check_columns(config, findings, mixture.train)
+    if rewards and complete:
+        try_own_rewards(config, findings, mixture.train, rewards=rewards)
+    longest = check_prompts(config, outcome, mixture, model=model, environ=environ)
+    if args is None:
+        return
+    forecast_rollouts(config, outcome, args, prompts=len(mixture.train))
+    if longest is not None and model.parameters is not None and config.gang.gpus_per_node:
+        forecast_memory(
+            config,
+            findings,
+            outcome.estimates,
+            args,
+            shape=model.shape,
+            parameters=model.parameters,
+            sequences=args.per_device_train_batch_size,
+            length=longest + (args.max_completion_length or 0),
+        )
+
+
+# --- Rewards ---------------------------------------------------------------------------------------------------------
+
+
+def check_reference(config: TrainingConfig, findings: Findings) -> None:
+    """See that the reference model would be the one that training starts from."""
+    beta = config.args.get("beta", 0.0)
+    if beta and config.spec.model.config and config.spec.peft is None:
+        findings.add(
+            Problem(
+                "ConfigInvalid",
+                "spec.grpo.args.beta: the reference model is loaded without the overrides of spec.model.config, so it "
+                "would be another model: leave beta out, train an adapter (spec.peft), or write the overrides into the "
+                "model's own config.json",
+            )
+        )
+
+
+def check_columns(config: TrainingConfig, findings: Findings, rows: Dataset) -> bool:
+    """See that every column is there that a reward reads; return whether they all are."""
+    assert config.spec.grpo is not None
+    complete = True
+    for index, reward in enumerate(config.spec.grpo.rewards):
+        needed = REWARDS[reward.name].columns if reward.name is not None else ()
+        for column in needed:
+            if column in rows.column_names:
+                continue
+            complete = False
+            others = [name for name in rows.column_names if name != PROMPT]
+            near = nearest(column, others)
+            hint = f"rename one with spec.datasets[].rename: {{{near or 'answer'}: {column}}}"
+            there = f"the data has {join_names(others)}" if others else "the data has no column but the prompts"
+            findings.add(
+                Problem(
+                    "DatasetColumnMissing",
+                    f"spec.grpo.rewards[{index}]: reward {reward.name} reads the column {column}, and {there}: {hint}, "
+                    "or choose other data",
+                )
+            )
+    return complete
+
+
+def try_own_rewards(config: TrainingConfig, findings: Findings, rows: Dataset, *, rewards: list[WatchedReward]) -> None:
+    """Call each own reward with the first rows and an invented completion, as the trainer will."""
+    assert config.spec.grpo is not None
+    few = rows.select(range(min(TRIED_ROWS, len(rows))))
+    columns = {name: few[name][:] for name in few.column_names if name != PROMPT}
+    prompts = few[PROMPT][:]
+    completions = [
+        "An answer." if isinstance(prompt, str) else [{"role": "assistant", "content": "An answer."}]
+        for prompt in prompts
+    ]
+    for index, (reward, built) in enumerate(zip(config.spec.grpo.rewards, rewards, strict=True)):
+        if reward.function is None:
+            continue
+        path = f"spec.grpo.rewards[{index}].function: {reward.function}"
+        with findings.collect():
+            try:
+                scores = built.score(
+                    prompts=prompts,
+                    completions=completions,
+                    completion_ids=[[0]] * len(prompts),
+                    trainer_state=None,
+                    log_extra=lambda *_: None,
+                    log_metric=lambda *_: None,
+                    **columns,
+                )
+                _see_numbers(list(scores), expected=len(prompts), path=path)
+            except (InvalidInputs, RankFailure):
+                raise
+            except Exception as error:  # own code: whatever it raises is the answer
+                raise refuse(
+                    "RewardFunctionFailed",
+                    f"{path} fails on the first {len(prompts)} rows (columns {join_names(list(columns))}) with the "
+                    f"completion {completions[0]!r}:\n{last_lines(error, skip=__file__)}",
+                ) from error
+
+
+def _see_numbers(scores: list[Any], *, expected: int, path: str) -> None:
+    odd = [
+        score for score in scores if score is not None and not (isinstance(score, int | float) and math.isfinite(score))
+    ]
+    if len(scores) != expected or odd:
+        what = f"returns {len(scores)} values" if len(scores) != expected else f"returns {odd[0]!r}"
+        raise refuse(
+            "RewardFunctionFailed",
+            f"{path} {what} for {expected} completions: a reward returns a list with a number, or None where it "
+            "cannot score, for each of them",
+        )
+
+
+# --- Prompts ---------------------------------------------------------------------------------------------------------
+
+
+def check_prompts(
+    config: TrainingConfig, outcome: Outcome, mixture: Mixture, *, model: KnownModel, environ: Mapping[str, str]
+) -> int | None:
+    """Look at every prompt, and at the first and the longest ones as tokens; return the tokens of the longest."""
+    findings, layout = outcome.findings, mixture.report.layout
+    scan = scan_rows(mixture.train, layout, path="spec.datasets", need_assistant=False)
+    faults = list(scan.problems)
+    if mixture.test is not None:
+        path = "spec.evalDatasets" if config.spec.eval_datasets else "spec.testFraction"
+        faults += scan_rows(mixture.test, layout, path=path, need_assistant=False).problems
+    for fault in faults:
+        findings.add(fault)
+    tokenizer = model.tokenizer
+    if faults or tokenizer is None:
+        return None
+    args = training_args(config, environ=environ)
+    order = sorted(range(len(mixture.train)), key=lambda index: scan.characters[index], reverse=True)
+    with findings.collect():
+        first = [
+            _tokenize(prompt, tokenizer=tokenizer, args=args)
+            for prompt in mixture.train[PROMPT][: min(SHOWN_ROWS, len(mixture.train))]
+        ]
+        longest = max(
+            len(_tokenize(mixture.train[index][PROMPT], tokenizer=tokenizer, args=args))
+            for index in order[:_LONGEST_ROWS]
+        )
+        outcome.samples = [_sample(ids, tokenizer=tokenizer) for ids in first]
+        outcome.estimates["longest prompt"] = f"{longest:,} tokens"
+        _judge_length(findings, longest, limit=_positions(model), completion=args.get("max_completion_length", 512))
+        return longest
+    return None
+
+
+def _tokenize(prompt: Any, *, tokenizer: Any, args: Mapping[str, Any]) -> list[int]:
+    """Return a prompt's tokens as GRPOTrainer makes them (trl/trainer/grpo_trainer.py, _tokenize_prompts)."""
+    import jinja2
+
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+    try:
+        ids = tokenizer.apply_chat_template(
+            prompt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **(args.get("chat_template_kwargs") or {}),
+        )
+    except jinja2.TemplateError as error:
+        raise refuse(
+            "ConfigInvalid",
+            f"spec.model.chatTemplate: the template (or the tokenizer's own) fails on a prompt: {error}",
+        ) from error
+    return ids
+
+
+def _sample(ids: list[int], *, tokenizer: Any) -> dict[str, Any]:
+    text = tokenizer.decode(ids)
+    return {
+        "text": text,
+        "ids": ids,
+        "mask": [0] * len(ids),
+        "tokens": len(ids),
+        "trained_tokens": 0,
+        "tokens_cut": 0,
+        "segments": [{"text": text, "trained": False}],
+    }
+
+
+def _positions(model: KnownModel) -> int | None:
+    """Return how many tokens the model can see, where its config.json says so."""
+    found = model.shape.get("text_config", model.shape).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def _judge_length(findings: Findings, longest: int, *, limit: int | None, completion: int | None) -> None:
+    if limit is None:
+        return
+    if longest >= limit:
+        findings.add(
+            Problem(
+                "DatasetRowsInvalid",
+                f"spec.datasets: the longest prompt has {longest:,} tokens, and the model sees {limit:,} "
+                "(max_position_embeddings): leave such rows out of the data, or take a model that sees more",
+            )
+        )
+    elif completion is not None and longest + completion > limit:
+        findings.warnings.append(
+            f"the longest prompt ({longest:,} tokens) and max_completion_length {completion:,} are together more than "
+            f"the {limit:,} tokens that the model sees: lower spec.grpo.args.max_completion_length"
+        )
+
+
+# --- Forecast --------------------------------------------------------------------------------------------------------
+
+
+def forecast_rollouts(config: TrainingConfig, outcome: Outcome, args: GRPOConfig, *, prompts: int) -> None:
+    """Add rollouts and steps to the estimates (TRL 1.16, RepeatSampler; transformers 5.23, trainer.py:2487)."""
+    groups = count_groups(config.args, world_size=config.gang.world_size)
+    if groups is None:
+        return
+    of_a_rollout = groups.of_all // groups.num_generations
+    rollouts = prompts // of_a_rollout
+    if rollouts == 0:
+        outcome.findings.add(
+            Problem(
+                "BatchNotDivisible",
+                f"a rollout takes {of_a_rollout} prompts ({groups.of_all} completions, {groups.num_generations} of "
+                f"each prompt), and the data has {prompts}: lower spec.grpo.args.per_device_train_batch_size or "
+                "gradient_accumulation_steps, or add data",
+            )
+        )
+        return
+    batches = rollouts * groups.steps_per_generation * args.num_iterations
+    per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    outcome.estimates |= {
+        "prompts": f"{prompts:,}",
+        "completions of a rollout": f"{groups.of_all:,}, of {of_a_rollout:,} prompts",
+        "steps per epoch": f"{per_epoch:,}",
+        "steps": f"{steps:,}",
+        "epochs": f"{steps / per_epoch:g}",
+    }

@@ -80,7 +80,8 @@ BAD = [
     ("spec.sft.args.torch_dtype=bfloat16", "spec.sft.args.torch_dtype", "write spec.model.dtype"),
     ("spec.sft.args.eval_strategy=steps", "spec.sft.args.eval_strategy", "set spec.evalDatasets or spec.testFraction"),
     ("spec.model=", "spec.model", 'For example model: {"source": "Qwen/Qwen2.5-1.5B-Instruct"}'),
-    ("spec.model.source=", "spec.model.source", "missing field: Where the model lies"),
+    ("spec.model.source=", "spec.model.source", "exactly one of source and runRef says which model it is"),
+    ("spec.datasets[0].source=", "spec.datasets[0].source", "missing field: A Hub id"),
     ("spec.model.source=7", "spec.model.source", "must be a string, not the number 7: write it in quotes"),
     ("spec.model.source=/models/qwen", "spec.model.source", "is written file:///models/qwen"),
     ("spec.model.source=s3://bucket/qwen", "spec.model.source", "s3:// is not supported yet"),
@@ -160,7 +161,7 @@ def test_all_kinds_of_problems_are_told_at_once() -> None:
     found = problems_of(
         changed(
             "spec.modle={}",
-            "spec.model.source=",
+            "spec.model.dtype=fp16",
             "spec.sft.args.lr=1",
             "spec.sft.args.packing='yes'",
             "spec.datasets[0].fraction='2'",
@@ -172,7 +173,7 @@ def test_all_kinds_of_problems_are_told_at_once() -> None:
 
     assert set(found) == {
         "spec.modle",
-        "spec.model.source",
+        "spec.model.dtype",
         "spec.sft.args.lr",
         "spec.sft.args.packing",
         "spec.datasets[0].fraction",

@@ -109,7 +109,7 @@ class Model(ApiModel):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            field="",
+            field="source",
             message="exactly one of source and runRef says which model it is",
             cel="has(self.source) != has(self.runRef)",
             holds=lambda model: ("source" in model) != ("runRef" in model),

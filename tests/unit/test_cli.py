@@ -209,7 +209,7 @@ def test_a_recipe_becomes_a_valid_file_and_what_is_dropped_is_named(tmp_path: Pa
 
 def test_status_lists_the_runs(recorded: Path) -> None:
     lines = _posttrain("status", cwd=recorded).stdout.splitlines()
-    assert lines[0].split() == ["NAME", "MODEL", "STATE", "STEP", "LOSS", "ETA", "RESTARTS", "AGE"]
+    assert lines[0].split() == ["NAME", "MODEL", "STATE", "STEP", "METRIC", "ETA", "RESTARTS", "AGE"]
     assert [line.split()[0] for line in lines[1:]] == ["stratos-demo", "stratos-hot"]
 
 

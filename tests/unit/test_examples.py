@@ -17,6 +17,8 @@ from posttrain.api.reasons import REASONS
 from posttrain.api.training_run import TrainingRun
 from posttrain.api.validate import parse_training_run
 from posttrain.convert import convert_recipe
+from posttrain.files import check_run
+from posttrain.local.preflight import resolve_paths
 from posttrain.plan.training_run import plan_training_run, preview_training_run
 from posttrain.plan.types import Observed
 from posttrain.settings import Settings
@@ -26,8 +28,9 @@ from tests.support.builders import T0
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "open-r1").glob("*.yaml"))
-QUICKSTART, IN_CLUSTER, BY_REWARD = (
-    ROOT / "examples" / "quickstart" / name for name in ("trainingrun.yaml", "cluster.yaml", "grpo.yaml")
+QUICKSTART, IN_CLUSTER, BY_REWARD, IN_TURN = (
+    ROOT / "examples" / "quickstart" / name
+    for name in ("trainingrun.yaml", "cluster.yaml", "grpo.yaml", "sft-then-grpo.yaml")
 )
 EXAMPLES = [*RECIPES, QUICKSTART, IN_CLUSTER, BY_REWARD]
 PLANNED = [*RECIPES, IN_CLUSTER]
@@ -36,6 +39,21 @@ PLANNED = [*RECIPES, IN_CLUSTER]
 def load(path: Path) -> TrainingRun:
     (document,) = load_documents(path.read_text(encoding="utf-8"), origin=path.name)
     return parse_training_run(document.data, origin=path.name, line_of=document.line_of)
+
+
+def test_the_second_of_two_runs_in_a_file_starts_from_the_model_of_the_first() -> None:
+    documents = load_documents(IN_TURN.read_text(encoding="utf-8"), origin=IN_TURN.name)
+    first, second = (
+        check_run(document, data=resolve_paths(document.data, folder=IN_TURN.parent)) for document in documents
+    )
+
+    planned = preview_training_run(second, now=T0, settings=Settings(), beside=[first])
+    (config,) = (
+        manifest["data"]
+        for manifest in planned
+        if manifest["metadata"]["name"] == "sums-grpo-a1" and manifest["kind"] == "ConfigMap"
+    )
+    assert json.loads(config["config.json"])["model"]["path"] == f"{first.metadata.name}/model"
 
 
 REWARDED = [path for path in RECIPES if load(path).spec.grpo is not None]

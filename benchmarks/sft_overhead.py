@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,7 @@ def train_plainly(config: Any, *, environ: Mapping[str, str]) -> None:
 
     from posttrain_workloads.arguments import training_args
     from posttrain_workloads.data import load_mixture
+    from posttrain_workloads.formats import shape_for_sft
     from posttrain_workloads.model import load_model, load_tokenizer
     from posttrain_workloads.owncode import build_callbacks
 
@@ -162,7 +164,7 @@ def train_plainly(config: Any, *, environ: Mapping[str, str]) -> None:
     trainer = SFTTrainer(
         model=load_model(config, environ=environ),
         args=args,
-        train_dataset=load_mixture(config, environ=environ).train,
+        train_dataset=load_mixture(config, shape=partial(shape_for_sft, config), environ=environ).train,
         processing_class=load_tokenizer(config, environ=environ),
         callbacks=build_callbacks(config),
     )
@@ -172,9 +174,10 @@ def train_plainly(config: Any, *, environ: Mapping[str, str]) -> None:
 
 def train_as_rank(config: Any, *, environ: Mapping[str, str]) -> None:
     """Train as rank 0 of a run."""
+    from posttrain_workloads.rank import Rank
     from posttrain_workloads.reporting import open_reporter
     from posttrain_workloads.runtime import Runtime
-    from posttrain_workloads.sft import Rank, train
+    from posttrain_workloads.sft import train
 
     reporter = open_reporter(environ=environ, attempt=1, source="rank-0")
     train(

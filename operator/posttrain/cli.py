@@ -260,12 +260,13 @@ def compare(
 
 @app.command()
 def convert(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of an SFT script of open-r1 or TRL.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file of an SFT or GRPO script.")],
     name: Annotated[str, typer.Option(help="Name of the run. Default: from the file's name.")] = "",
     accelerate: Annotated[str | None, typer.Option(metavar="CONFIG", help="As in zero3: strategy and 8 GPUs.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Another number of GPUs, as for groups of 7.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE")] = None,
 ) -> None:
-    """Turn a recipe into a TrainingRun; every key that is dropped is named on standard error."""
+    """Turn a recipe of open-r1 or TRL into a TrainingRun; every key that is dropped is named on standard error."""
     from posttrain.api.loader import dump_document
     from posttrain.convert import convert_recipe
     from posttrain.files import read_documents
@@ -273,7 +274,7 @@ def convert(
     documents = read_documents(recipe)
     if len(documents) != 1:
         raise UserError(f"{recipe}: holds {len(documents)} documents, and a recipe is one")
-    conversion = convert_recipe(documents[0].data, name=name or _name_of(recipe), accelerate=accelerate)
+    conversion = convert_recipe(documents[0].data, name=name or _name_of(recipe), accelerate=accelerate, gpus=gpus)
     for key, why in conversion.dropped:
         print(f"{recipe}: dropped {key}: {why}", file=sys.stderr)
     for note in conversion.notes:

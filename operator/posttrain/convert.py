@@ -1,4 +1,4 @@
-"""From a recipe of open-r1 or TRL (the YAML file of an SFT script) to a TrainingRun.
+"""From a recipe of open-r1 or TRL (the YAML file of an SFT or GRPO script) to a TrainingRun.
 
 It owns what each key of such a recipe becomes, and why a key becomes nothing; it must not read or write files.
 """
@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from posttrain.api.args import ArgsTable, check_args, load_table
+from posttrain.api.args import ArgsTable, check_args
 from posttrain.api.base import API_VERSION
+from posttrain.api.methods import args_path, table_of
 from posttrain.api.spelling import join_names, nearest, write_value
-from posttrain.api.training_run import KIND
+from posttrain.api.training_run import KIND, Method
 from posttrain.api.validate import parse_training_run
-from posttrain.errors import UserError
+from posttrain.recipe import Recipe, UnusableRecipe, write_decimal
+from posttrain.recipe_rewards import PARAMS, take_rewards
 
 STRATEGIES = {"ddp": "DDP", "zero1": "ZeRO1", "zero2": "ZeRO2", "zero3": "ZeRO3", "fsdp": "FSDP"}
 """Names of accelerate configurations, as open-r1 has them, and the strategy of each."""
 
 _GPUS_OF_ACCELERATE = 8
 _TRACKERS = {"wandb": "WandB", "trackio": "Trackio", "mlflow": "MLflow", "tensorboard": "TensorBoard"}
-_ONLY_IN_GRPO = frozenset({"reward_funcs", "reward_weights", "num_generations", "max_completion_length", "use_vllm"})
+_ONLY_IN_GRPO = frozenset(
+    {"reward_funcs", "reward_weights", "num_generations", "max_completion_length", "use_vllm", "dataset_prompt_column"}
+    | PARAMS.keys()
+)
 
 _RENAMED = {
     "evaluation_strategy": "eval_strategy",
@@ -30,6 +35,7 @@ _RENAMED = {
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "max_seq_length": "max_length",
     "use_liger": "use_liger_kernel",
+    "wandb_log_unique_prompts": "log_unique_prompts",
     "warmup_ratio": "warmup_steps",
 }
 _HUB = "publishing to the Hub is not supported yet: upload the trained model's folder"
@@ -40,24 +46,36 @@ _DROPPED = {
     "bnb_4bit_quant_storage": _QUANTIZATION,
     "bnb_4bit_quant_type": _QUANTIZATION,
     "dataset_streaming": "data is fetched before any GPU is held, and not streamed",
-    "gradient_checkpointing_use_reentrant": "write spec.sft.args.activation_checkpointing_kwargs",
+    "gradient_checkpointing_use_reentrant": "write activation_checkpointing_kwargs among the args",
     "ignore_bias_buffers": "it has no effect in current TRL",
     "load_in_8bit": "training on a base in 8 bits is not supported; QLoRA (4 bits) is",
     "lora_modules_to_save": _ADAPTER,
     "lora_target_parameters": _ADAPTER,
     "lora_task_type": "it is CAUSAL_LM",
-    "num_completions_to_print": "it belongs to GRPO",
-    "system_prompt": "open-r1 uses it in SFT for benchmarks only, and trains without it; to train with a system "
-    "message, write spec.systemPrompt",
     "use_bnb_nested_quant": _QUANTIZATION,
     "use_dora": _ADAPTER,
     "use_rslora": _ADAPTER,
-    "wandb_log_unique_prompts": "it belongs to GRPO",
 }
+_SANDBOX = "programs out of completions are not run yet, so there is no sandbox to set"
+_DROPPED_OF: Mapping[Method, Mapping[str, str]] = {
+    "sft": {
+        "num_completions_to_print": "it belongs to GRPO",
+        "system_prompt": "open-r1 uses it in SFT for benchmarks only, and trains without it; to train with a system "
+        "message, write spec.systemPrompt",
+        "wandb_log_unique_prompts": "it belongs to GRPO",
+    },
+    "grpo": {
+        "code_provider": _SANDBOX,
+        "e2b_router_url": _SANDBOX,
+        "ioi_provider": _SANDBOX,
+        "morph_router_url": _SANDBOX,
+        "parallel_code_exec_per_proc": _SANDBOX,
+    },
+}
+_VLLM = "completions come from the trainer's own model, by transformers: rollouts by vLLM are not supported yet"
 
-
-class UnusableRecipe(UserError):
-    """A recipe that cannot become a TrainingRun; the message says what is missing."""
+# What TRL 0.18, the release that open-r1's recipes were last written for, did where a recipe says nothing.
+_FORMER_DEFAULTS = {"beta": 0.04, "loss_type": "bnpo", "use_bias_correction_kl": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,47 +88,38 @@ class Conversion:
     notes: tuple[str, ...]
 
 
-@dataclass
-class _Recipe:
-    """The keys of a recipe that nobody has taken yet, and what has been said about those that were."""
+def convert_recipe(
+    data: Mapping[str, Any], *, name: str, accelerate: str | None = None, gpus: int | None = None
+) -> Conversion:
+    """Return the TrainingRun named `name` of a recipe; `accelerate` is one of `STRATEGIES`.
 
-    rest: dict[str, Any]
-    dropped: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def take(self, key: str) -> Any:
-        """Return the value of a key, None where it is not given, and take it out."""
-        return self.rest.pop(key, None)
-
-    def drop(self, key: str, why: str) -> None:
-        """Leave a key out of the resource."""
-        self.rest.pop(key, None)
-        self.dropped.append((key, why))
-
-
-def convert_recipe(data: Mapping[str, Any], *, name: str, accelerate: str | None = None) -> Conversion:
-    """Return the TrainingRun named `name` of an SFT recipe; `accelerate` is one of `STRATEGIES`.
+    Without `gpus` it has the 8 of open-r1's accelerate configurations, or as many as a run has by default.
 
     Raises:
-        UnusableRecipe: it is not an SFT recipe, or it names no model or no data.
+        UnusableRecipe: it names no model, no data, or rewards that cannot be told.
         InvalidResource: what came of it is not valid; the problems name fields of the TrainingRun.
     """
     _refuse_unusable(data, accelerate=accelerate)
-    table = load_table("sft_config")
+    method: Method = "grpo" if _ONLY_IN_GRPO & data.keys() else "sft"
+    table = table_of(method)
     # An empty key is one that is not set, but for arguments whose default is something: max_length without a limit.
-    recipe = _Recipe(rest={key: value for key, value in data.items() if value is not None or _says_none(key, table)})
+    recipe = Recipe(rest={key: value for key, value in data.items() if value is not None or _says_none(key, table)})
     tracking = _tracking(recipe)
     spec: dict[str, Any] = {
         "model": _model(recipe),
         **_data(recipe),
+        **(_prompts(recipe) if method == "grpo" else {}),
         "peft": _peft(recipe),
         "parallelism": {"strategy": STRATEGIES[accelerate.lower()]} if accelerate else None,
-        "resources": {"numNodes": 1, "gpusPerNode": _GPUS_OF_ACCELERATE} if accelerate else None,
+        "resources": {"numNodes": 1, "gpusPerNode": gpus or _GPUS_OF_ACCELERATE} if accelerate or gpus else None,
         "checkpoints": _checkpoints(recipe),
         "tracking": tracking,
-        "sft": {"args": _args(recipe, table)},
+        method: {
+            **({"rewards": take_rewards(recipe)} if method == "grpo" else {}),
+            "args": _args(recipe, table, method=method),
+        },
     }
-    if accelerate is None:
+    if accelerate is None and gpus is None:
         recipe.notes.append(
             "a recipe names neither GPUs nor strategy: the run has one GPU and DDP until you set spec.resources and "
             f"spec.parallelism.strategy (or convert with one of {join_names(list(STRATEGIES), conjunction='or')})"
@@ -123,11 +132,11 @@ def convert_recipe(data: Mapping[str, Any], *, name: str, accelerate: str | None
         "spec": written,
     }
     parse_training_run(resource)
-    recipe.notes += _advice(written)
+    recipe.notes += _advice(written, method=method, table=table)
     return Conversion(resource=resource, dropped=tuple(recipe.dropped), notes=tuple(recipe.notes))
 
 
-def _advice(spec: Mapping[str, Any]) -> list[str]:
+def _advice(spec: Mapping[str, Any], *, method: Method, table: ArgsTable) -> list[str]:
     """Return what is as in the recipe and still means something else here."""
     notes = []
     attention = spec["model"].get("attnImplementation", "")
@@ -136,19 +145,23 @@ def _advice(spec: Mapping[str, Any]) -> list[str]:
             f"spec.model.attnImplementation {attention} needs a package that is not in the trainer image: take sdpa, "
             "or an image of your own in spec.podOverrides.image"
         )
-    args = spec["sft"]["args"]
+    args = spec[method]["args"]
     if args.get("packing") and "packing_strategy" not in args:
         notes.append(
             "packing: TRL fits whole rows together now, which needs FlashAttention where rows are long; "
             "packing_strategy: wrapped cuts them at max_length, as older releases did"
         )
+    if method == "grpo":
+        notes += [
+            f"{key} is not set: it is {write_value(table.keys[key].default)} by default now, and in TRL 0.18 training "
+            f"was with {write_value(former)}"
+            for key, former in _FORMER_DEFAULTS.items()
+            if key not in args
+        ]
     return notes
 
 
 def _refuse_unusable(data: Mapping[str, Any], *, accelerate: str | None) -> None:
-    grpo = sorted(_ONLY_IN_GRPO & data.keys())
-    if grpo:
-        raise UnusableRecipe(f"{join_names(grpo)}: this is a GRPO recipe, and only SFT is supported so far")
     if not data.get("model_name_or_path"):
         raise UnusableRecipe("model_name_or_path is missing: a recipe names the model it trains")
     if not data.get("dataset_name") and not data.get("dataset_mixture"):
@@ -168,7 +181,7 @@ def _source(place: str) -> str:
     return f"file://{place}" if place.startswith(("/", "./", "../")) else place
 
 
-def _model(recipe: _Recipe) -> dict[str, Any]:
+def _model(recipe: Recipe) -> dict[str, Any]:
     model: dict[str, Any] = {"source": _source(str(recipe.take("model_name_or_path")))}
     for key, name in (
         ("model_revision", "revision"),
@@ -184,7 +197,7 @@ def _model(recipe: _Recipe) -> dict[str, Any]:
     return model
 
 
-def _peft(recipe: _Recipe) -> dict[str, Any] | None:
+def _peft(recipe: Recipe) -> dict[str, Any] | None:
     wanted = recipe.take("use_peft")
     in_4_bits = recipe.take("load_in_4bit")
     if not wanted:
@@ -198,25 +211,17 @@ def _peft(recipe: _Recipe) -> dict[str, Any] | None:
         if key in recipe.rest:
             peft[name] = recipe.take(key)
     if "lora_dropout" in recipe.rest:
-        peft["dropout"] = _decimal(recipe.take("lora_dropout"))
+        peft["dropout"] = write_decimal(recipe.take("lora_dropout"))
     modules = recipe.take("lora_target_modules")
     if modules not in (None, "all-linear", ["all-linear"]):
         peft["targetModules"] = [modules] if isinstance(modules, str) else modules
     return peft
 
 
-def _decimal(value: Any) -> Any:
-    """Return a number as the decimal string that a spec takes, never with an exponent."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value
-    text = f"{value:.9f}".rstrip("0").rstrip(".")
-    return text or "0"
-
-
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
-def _data(recipe: _Recipe) -> dict[str, Any]:
+def _data(recipe: Recipe) -> dict[str, Any]:
     evaluates = recipe.rest.get("eval_strategy", recipe.rest.get("evaluation_strategy", "no")) not in {"no", False}
     mixture = recipe.take("dataset_mixture")
     if mixture is not None:
@@ -236,7 +241,7 @@ def _data(recipe: _Recipe) -> dict[str, Any]:
     return {"datasets": [member], "evalDatasets": [held_out]}
 
 
-def _mixture(mixture: Any, recipe: _Recipe, *, evaluates: bool) -> dict[str, Any]:
+def _mixture(mixture: Any, recipe: Recipe, *, evaluates: bool) -> dict[str, Any]:
     if not isinstance(mixture, dict) or not isinstance(mixture.get("datasets"), list):
         raise UnusableRecipe("dataset_mixture has no list of datasets: a mixture is {datasets: [{id: org/name}]}")
     data: dict[str, Any] = {
@@ -248,7 +253,7 @@ def _mixture(mixture: Any, recipe: _Recipe, *, evaluates: bool) -> dict[str, Any
     if isinstance(share, int) and not isinstance(share, bool):
         recipe.drop("dataset_mixture.test_split_size", "spec.testFraction is a share, and this is a number of rows")
     elif share is not None:
-        data["testFraction"] = _decimal(share)
+        data["testFraction"] = write_decimal(share)
     for key in mixture.keys() - {"datasets", "seed", "test_split_size"}:
         recipe.drop(f"dataset_mixture.{key}", "open-r1 knows no such key and ignores it")
     if evaluates and "testFraction" not in data:
@@ -260,7 +265,7 @@ def _mixture(mixture: Any, recipe: _Recipe, *, evaluates: bool) -> dict[str, Any
     return data
 
 
-def _member(item: Any, index: int, recipe: _Recipe) -> dict[str, Any]:
+def _member(item: Any, index: int, recipe: Recipe) -> dict[str, Any]:
     if not isinstance(item, dict) or not item.get("id"):
         raise UnusableRecipe(f"dataset_mixture.datasets[{index}] has no id: a member is {{id: org/name}}")
     member: dict[str, Any] = {"source": _source(str(item["id"]))}
@@ -269,16 +274,20 @@ def _member(item: Any, index: int, recipe: _Recipe) -> dict[str, Any]:
             member[key] = item[key]
     weight = item.get("weight")
     if weight is not None and weight != 1:
-        member["fraction"] = _decimal(weight)
+        member["fraction"] = write_decimal(weight)
     for key in item.keys() - {"id", "config", "split", "columns", "weight"}:
         recipe.drop(f"dataset_mixture.datasets[{index}].{key}", "open-r1 knows no such key and ignores it")
     return member
 
 
+def _prompts(recipe: Recipe) -> dict[str, Any]:
+    return {"promptColumn": recipe.take("dataset_prompt_column"), "systemPrompt": recipe.take("system_prompt")}
+
+
 # --- Checkpoints and trackers -----------------------------------------------------------------------------------------
 
 
-def _checkpoints(recipe: _Recipe) -> dict[str, Any]:
+def _checkpoints(recipe: Recipe) -> dict[str, Any]:
     checkpoints: dict[str, Any] = {}
     strategy = recipe.take("save_strategy")
     steps = recipe.take("save_steps")
@@ -296,7 +305,7 @@ def _checkpoints(recipe: _Recipe) -> dict[str, Any]:
     return checkpoints
 
 
-def _tracking(recipe: _Recipe) -> dict[str, Any]:
+def _tracking(recipe: Recipe) -> dict[str, Any]:
     given = recipe.take("report_to")
     names = [given] if isinstance(given, str) else list(given or [])
     known = [_TRACKERS[name] for name in names if name in _TRACKERS]
@@ -323,15 +332,15 @@ def _tracking(recipe: _Recipe) -> dict[str, Any]:
 # --- Everything else --------------------------------------------------------------------------------------------------
 
 
-def _args(recipe: _Recipe, table: ArgsTable) -> dict[str, Any]:
+def _args(recipe: Recipe, table: ArgsTable, *, method: Method) -> dict[str, Any]:
     """Return the rest of the recipe as arguments of TRL's class, and drop what is none."""
     args: dict[str, Any] = {}
     for key, value in list(recipe.rest.items()):
         name = _RENAMED.get(key, key)
-        why = _why_dropped(key, name, table)
+        why = _why_dropped(key, name, table, method=method)
         written = _in_words(name, value)
         if why is None:
-            problems = check_args({name: written}, table, path="spec.sft.args")
+            problems = check_args({name: written}, table, path=".".join(args_path(method)))
             why = problems[0].message if problems else None
         if why is None and name != key and name in recipe.rest:
             why = f"{name} is given too"
@@ -350,21 +359,29 @@ def _says_none(key: str, table: ArgsTable) -> bool:
 
 
 def _in_words(name: str, value: Any) -> Any:
-    # YAML reads a bare `no` as false.
-    return "no" if name == "eval_strategy" and value is False else value
+    match name, value:
+        case "eval_strategy", False:  # YAML reads a bare `no` as false
+            return "no"
+        case "scale_rewards", bool():
+            return "group" if value else "none"
+    return value
 
 
-def _why_dropped(key: str, name: str, table: ArgsTable) -> str | None:
+def _why_dropped(key: str, name: str, table: ArgsTable, *, method: Method) -> str | None:
     """Return why a key becomes nothing; None for a key that TRL's class takes from a user."""
-    if key in _DROPPED:
-        return _DROPPED[key]
+    dropped = {**_DROPPED, **_DROPPED_OF[method]}
+    if key in dropped:
+        return dropped[key]
+    if key == "use_vllm" or key.startswith("vllm_"):
+        return _VLLM
     if re.match(r"(hub_|push_to_hub|overwrite_hub)", key) or key == "callbacks":
         return _HUB if key != "callbacks" else f"open-r1's only callback, push_to_hub_revision, publishes: {_HUB}"
     row = table.keys.get(name)
     if row is not None:
         return f"posttrain sets it: {row.owned}" if row.owned is not None else None
-    if key in table.elsewhere:
-        return table.elsewhere[key]
+    for known in (key, name):
+        if known in table.elsewhere:
+            return table.elsewhere[known]
     near = nearest(key, table.keys)
     hint = f"; did you mean {near}?" if near else ""
     return f"{table.class_name} (TRL {table.library['trl']}) has no such key, and open-r1's scripts ignore it{hint}"

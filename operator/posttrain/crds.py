@@ -110,7 +110,7 @@ def _columns() -> list[dict[str, Any]]:
         _column("PROGRESS", "integer", ".status.progress.percentage", "Percentage of the steps."),
         _column("STEP", "integer", ".status.progress.step", "Optimizer steps so far."),
         _column("ETA", "string", ".status.progress.eta", "Time to the end."),
-        _column("METRIC", "string", ".status.progress.metric", "The training loss."),
+        _column("METRIC", "string", ".status.progress.metric", "The training loss, or the mean reward of grpo."),
         _column("GPUS", "integer", ".status.gpus", "GPUs of the whole gang."),
         _column("AGE", "date", ".metadata.creationTimestamp", "Time since the run was made."),
         _column("REASON", "string", f"{summary}.reason", "Why the run is where it is.", wide=True),

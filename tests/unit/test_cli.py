@@ -195,12 +195,15 @@ push_to_hub: true
 
 def test_a_recipe_becomes_a_valid_file_and_what_is_dropped_is_named(tmp_path: Path) -> None:
     _write(tmp_path, RECIPE, name="config_demo.yaml")
-    done = _posttrain("convert", "config_demo.yaml", "--accelerate", "zero3", "-o", "demo.yaml", cwd=tmp_path)
+    done = _posttrain(
+        "convert", "config_demo.yaml", "--accelerate", "zero3", "--gpus", "4", "-o", "demo.yaml", cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (0, "")
     assert "push_to_hub" in done.stderr
     written = yaml.safe_load((tmp_path / "demo.yaml").read_text())
     assert written["metadata"]["name"] == "demo"
     assert written["spec"]["parallelism"] == {"strategy": "ZeRO3"}
+    assert written["spec"]["resources"] == {"numNodes": 1, "gpusPerNode": 4}
     assert _posttrain("validate", "demo.yaml", cwd=tmp_path).returncode == 0
 
 
@@ -209,7 +212,7 @@ def test_a_recipe_becomes_a_valid_file_and_what_is_dropped_is_named(tmp_path: Pa
 
 def test_status_lists_the_runs(recorded: Path) -> None:
     lines = _posttrain("status", cwd=recorded).stdout.splitlines()
-    assert lines[0].split() == ["NAME", "MODEL", "STATE", "STEP", "LOSS", "ETA", "RESTARTS", "AGE"]
+    assert lines[0].split() == ["NAME", "MODEL", "STATE", "STEP", "METRIC", "ETA", "RESTARTS", "AGE"]
     assert [line.split()[0] for line in lines[1:]] == ["stratos-demo", "stratos-hot"]
 
 

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 from posttrain.api.loader import dump_document, load_documents
+from posttrain.api.rewards import REWARDS
 from posttrain.api.validate import parse_training_run
-from posttrain.convert import STRATEGIES, Conversion, UnusableRecipe, convert_recipe
+from posttrain.convert import STRATEGIES, Conversion, convert_recipe
 from posttrain.errors import InvalidResource
+from posttrain.recipe import UnusableRecipe
+from posttrain.recipe_rewards import PARAMS
 
 SMALL: dict[str, Any] = {"model_name_or_path": "org/model", "dataset_name": "org/data"}
 
@@ -320,14 +323,19 @@ def test_a_key_under_its_old_and_its_new_name_is_taken_once() -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"reward_funcs": ["accuracy"]}, "reward_funcs: this is a GRPO recipe"),
+        ({"reward_funcs": []}, "reward_funcs is no list of names"),
+        ({"reward_funcs": {"accuracy": 1.0}}, "reward_funcs is no list of names"),
+        (
+            {"reward_funcs": ["accuracy", "format"], "reward_weights": [1.0]},
+            r"reward_weights has 1 numbers for 2 rewards \(accuracy and format\)",
+        ),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"dataset_name": None}, "dataset_name and dataset_mixture are missing"),
         ({"dataset_mixture": ["org/a"]}, "dataset_mixture has no list of datasets"),
         ({"dataset_mixture": {"datasets": [{"name": "org/a"}]}}, r"dataset_mixture.datasets\[0\] has no id"),
     ],
 )
-def test_what_is_no_sft_recipe_is_refused(keys: dict[str, Any], said: str) -> None:
+def test_what_is_no_recipe_is_refused(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(UnusableRecipe, match=said):
         convert(**keys)
 
@@ -337,3 +345,163 @@ def test_what_would_not_be_valid_is_told_by_its_field() -> None:
         convert(dataset_mixture={"datasets": [{"id": "org/a", "weight": 2}]})
 
     assert [problem.path for problem in caught.value.problems] == ["spec.datasets[0].fraction"]
+
+
+# --- GRPO -------------------------------------------------------------------------------------------------------------
+
+REWARDED = """\
+model_name_or_path: org/model
+dataset_name: org/problems
+dataset_prompt_column: problem
+system_prompt: Think.
+reward_funcs: [accuracy, cosine, repetition_penalty, code_format, soft_overlong_punishment]
+reward_weights: [1.0, 0.5, 1, 0.1, 1.0]
+cosine_min_value_wrong: -1.0
+cosine_max_value_wrong: -0.5
+cosine_min_value_correct: 0.25
+cosine_max_value_correct: 1.0
+cosine_max_len: 4000
+repetition_n_grams: 4
+repetition_max_penalty: -0.5
+code_language: cpp
+max_completion_len: 2048
+soft_punish_cache: 512
+code_eval_test_batch_size: 3
+code_provider: e2b
+parallel_code_exec_per_proc: 2
+beta: 0.01
+loss_type: dr_grpo
+scale_rewards: false
+num_generations: 4
+max_prompt_length: 512
+max_completion_length: 2048
+per_device_train_batch_size: 4
+temperature: 0.7
+use_bias_correction_kl: false
+use_vllm: true
+vllm_device: auto
+vllm_gpu_memory_utilization: 0.7
+wandb_log_unique_prompts: true
+num_completions_to_print: 2
+reference: x
+"""
+
+
+def test_a_whole_grpo_recipe() -> None:
+    (document,) = load_documents(REWARDED, origin="recipe.yaml")
+    conversion = convert_recipe(document.data, name="rewarded", accelerate="zero3")
+
+    assert conversion.resource["spec"] == {
+        "model": {"source": "org/model"},
+        "datasets": [{"source": "org/problems"}],
+        "promptColumn": "problem",
+        "systemPrompt": "Think.",
+        "parallelism": {"strategy": "ZeRO3"},
+        "resources": {"numNodes": 1, "gpusPerNode": 8},
+        "grpo": {
+            "rewards": [
+                {"name": "accuracy"},
+                {
+                    "name": "cosine",
+                    "weight": "0.5",
+                    "params": {
+                        "min_value_wrong": -1.0,
+                        "max_value_wrong": -0.5,
+                        "min_value_correct": 0.25,
+                        "max_value_correct": 1.0,
+                        "max_len": 4000,
+                    },
+                },
+                {"name": "repetition_penalty", "params": {"ngram_size": 4, "max_penalty": -0.5}},
+                {"name": "code_format", "weight": "0.1", "params": {"language": "cpp"}},
+                {
+                    "name": "soft_overlong_punishment",
+                    "params": {"max_completion_len": 2048, "soft_punish_cache": 512},
+                },
+            ],
+            "args": {
+                "beta": 0.01,
+                "loss_type": "dr_grpo",
+                "scale_rewards": "none",
+                "num_generations": 4,
+                "max_completion_length": 2048,
+                "per_device_train_batch_size": 4,
+                "temperature": 0.7,
+                "use_bias_correction_kl": False,
+                "log_unique_prompts": True,
+                "num_completions_to_print": 2,
+            },
+        },
+    }
+    dropped = dict(conversion.dropped)
+    assert dropped.keys() == {
+        "code_eval_test_batch_size", "code_provider", "parallel_code_exec_per_proc", "max_prompt_length", "use_vllm",
+        "vllm_device", "vllm_gpu_memory_utilization", "reference",
+    }  # fmt: skip
+    assert "ioi_code or cf_code, which reward_funcs does not name" in dropped["code_eval_test_batch_size"]
+    assert "no sandbox" in dropped["code_provider"]
+    assert "never cut" in dropped["max_prompt_length"]
+    assert "by transformers" in dropped["use_vllm"]
+    assert dropped["vllm_device"] == dropped["use_vllm"]
+    assert "GRPOConfig (TRL" in dropped["reference"]
+    assert conversion.notes == ("wandb_log_unique_prompts is called log_unique_prompts now",)
+
+
+def test_every_parameter_of_a_reward_has_its_key_in_a_recipe() -> None:
+    taken = {target for targets in PARAMS.values() for target in targets}
+
+    # The script of open-r1 has no key for the language of its words.
+    there = {(info.name, param.name) for info in REWARDS.values() for param in info.params}
+    assert taken == there - {("repetition_penalty", "language")}
+
+
+def test_a_recipe_without_rewards_has_open_r1s() -> None:
+    conversion = convert(num_generations=8, per_device_train_batch_size=8)
+
+    assert conversion.resource["spec"]["grpo"]["rewards"] == [
+        {"name": "accuracy"},
+        {"name": "format"},
+        {"name": "tag_count"},
+    ]
+    assert any("accuracy, format and tag_count" in note for note in conversion.notes)
+
+
+def test_one_reward_and_its_weight_need_no_list() -> None:
+    assert spec_of(reward_funcs="format", reward_weights=0.5)["grpo"]["rewards"] == [
+        {"name": "format", "weight": "0.5"}
+    ]
+
+
+def test_defaults_that_are_others_now_are_noted() -> None:
+    notes = "\n".join(convert(reward_funcs=["cosine"]).notes)
+
+    assert "cosine_min_value_wrong is -1.0 by default here" in notes
+    assert "beta is not set: it is 0.0 by default now, and in TRL 0.18 training was with 0.04" in notes
+    assert 'loss_type is not set: it is "dapo" by default now, and in TRL 0.18 training was with "bnpo"' in notes
+
+
+def test_a_length_of_whole_rows_is_none_of_grpo() -> None:
+    dropped = dict(convert(reward_funcs=["format"], max_seq_length=1024).dropped)
+
+    assert "max_completion_length" in dropped["max_seq_length"]
+
+
+def test_groups_that_8_gpus_cannot_fill_need_another_number_of_gpus() -> None:
+    recipe = {**SMALL, "num_generations": 7, "per_device_train_batch_size": 16}
+    with pytest.raises(InvalidResource, match="7 completions of a prompt do not fill up"):
+        convert_recipe(recipe, name="converted", accelerate="zero2")
+
+    spec = convert_recipe(recipe, name="converted", accelerate="zero2", gpus=7).resource["spec"]
+    assert spec["resources"] == {"numNodes": 1, "gpusPerNode": 7}
+
+
+def test_a_reward_that_runs_programs_is_refused_by_its_field() -> None:
+    with pytest.raises(InvalidResource) as caught:
+        convert(reward_funcs=["format", "ioi_code"], code_eval_test_batch_size=3)
+
+    assert [problem.path for problem in caught.value.problems] == ["spec.grpo.rewards[1].name"]
+
+
+def test_an_unknown_reward_is_refused_by_its_field() -> None:
+    with pytest.raises(InvalidResource, match="did you mean accuracy"):
+        convert(reward_funcs=["acuracy"])

@@ -11,20 +11,26 @@ import jinja2
 import pytest
 
 from posttrain.api.conditions import find_condition
+from posttrain.api.grpo_checks import count_groups
 from posttrain.api.loader import load_documents
 from posttrain.api.reasons import REASONS
 from posttrain.api.training_run import TrainingRun
 from posttrain.api.validate import parse_training_run
+from posttrain.convert import convert_recipe
+from posttrain.files import check_run
+from posttrain.local.preflight import resolve_paths
 from posttrain.plan.training_run import plan_training_run, preview_training_run
 from posttrain.plan.types import Observed
 from posttrain.settings import Settings
 from posttrain_workloads.packages import implied_packages
+from posttrain_workloads.rewards import build
 from tests.support.builders import T0
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "open-r1").glob("*.yaml"))
-QUICKSTART, IN_CLUSTER, BY_REWARD = (
-    ROOT / "examples" / "quickstart" / name for name in ("trainingrun.yaml", "cluster.yaml", "grpo.yaml")
+QUICKSTART, IN_CLUSTER, BY_REWARD, IN_TURN = (
+    ROOT / "examples" / "quickstart" / name
+    for name in ("trainingrun.yaml", "cluster.yaml", "grpo.yaml", "sft-then-grpo.yaml")
 )
 EXAMPLES = [*RECIPES, QUICKSTART, IN_CLUSTER, BY_REWARD]
 PLANNED = [*RECIPES, IN_CLUSTER]
@@ -33,6 +39,24 @@ PLANNED = [*RECIPES, IN_CLUSTER]
 def load(path: Path) -> TrainingRun:
     (document,) = load_documents(path.read_text(encoding="utf-8"), origin=path.name)
     return parse_training_run(document.data, origin=path.name, line_of=document.line_of)
+
+
+def test_the_second_of_two_runs_in_a_file_starts_from_the_model_of_the_first() -> None:
+    documents = load_documents(IN_TURN.read_text(encoding="utf-8"), origin=IN_TURN.name)
+    first, second = (
+        check_run(document, data=resolve_paths(document.data, folder=IN_TURN.parent)) for document in documents
+    )
+
+    planned = preview_training_run(second, now=T0, settings=Settings(), beside=[first])
+    (config,) = (
+        manifest["data"]
+        for manifest in planned
+        if manifest["metadata"]["name"] == "sums-grpo-a1" and manifest["kind"] == "ConfigMap"
+    )
+    assert json.loads(config["config.json"])["model"]["path"] == f"{first.metadata.name}/model"
+
+
+REWARDED = [path for path in RECIPES if load(path).spec.grpo is not None]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -74,6 +98,7 @@ def test_the_image_has_every_package_that_an_example_implies(path: Path) -> None
 
     assert needed <= locked
     assert ("deepspeed" in needed) == run.spec.parallelism.strategy.startswith("ZeRO")
+    assert ("math-verify" in needed) == (path in REWARDED)
 
 
 def test_the_quickstart_in_a_cluster_is_the_quickstart_with_claims_and_fewer_steps() -> None:
@@ -131,6 +156,78 @@ def test_the_global_batch_is_the_recipes(name: str, batch: int, length: int) -> 
     assert re.search(rf"Global batch: .* = {batch}\b", text)
 
 
+@pytest.mark.parametrize(
+    ("name", "completions", "prompts", "length"),
+    [
+        ("qwen2.5-1.5b-grpo", 512, 32, 1024),
+        ("deepseek-r1-distill-qwen-1.5b-grpo", 512, 32, 2048),
+        ("deepseek-r1-distill-qwen-7b-grpo", 1792, 256, 1024),
+        ("qwen2.5-7b-grpo", 512, 32, 4096),
+        ("qwen2.5-math-7b-simple-rl", 896, 128, 1024),
+    ],
+)
+def test_the_rollout_is_the_recipes(name: str, completions: int, prompts: int, length: int) -> None:
+    path = ROOT / "examples" / "open-r1" / f"{name}.yaml"
+    run = load(path)
+    args = run.spec.training.args
+
+    groups = count_groups(args, world_size=run.spec.resources.world_size)
+    assert groups is not None
+    assert (groups.of_all, groups.of_all / groups.num_generations) == (completions, prompts)
+    assert args["max_completion_length"] == length
+    said = rf"Rollout: .* = {completions}, of {prompts} prompts with {groups.num_generations} completions each"
+    assert re.search(said, path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", REWARDED, ids=lambda path: path.stem)
+def test_a_recipes_prompt_asks_for_the_layout_that_is_rewarded(path: Path) -> None:
+    prompt = load(path).spec.system_prompt
+    assert prompt is not None
+
+    layout = prompt[prompt.index("<think>") :]
+    for name in ("format", "tag_count"):
+        assert build(name)(prompts=[""], completions=[layout], completion_ids=[[]]) == [1.0]
+
+
+def test_a_recipe_is_converted_to_its_example_but_for_what_is_said_to_differ() -> None:
+    example = load(ROOT / "examples" / "open-r1" / "qwen2.5-1.5b-grpo.yaml")
+    recipe = {
+        "model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct",
+        "torch_dtype": "bfloat16",
+        "attn_implementation": "flash_attention_2",
+        "dataset_name": "open-r1/OpenR1-Math-220k",
+        "dataset_prompt_column": "problem",
+        "system_prompt": example.spec.system_prompt,
+        "bf16": True,
+        "use_vllm": True,
+        "do_eval": False,
+        "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "hub_model_id": "Qwen2.5-1.5B-Open-R1-GRPO",
+        "learning_rate": 2.0e-05,
+        "logging_steps": 1,
+        "lr_scheduler_type": "cosine",
+        "max_prompt_length": 512,
+        "max_completion_length": 1024,
+        "num_generations": 16,
+        "num_train_epochs": 1,
+        "output_dir": "data/Qwen2.5-1.5B-Open-R1-GRPO",
+        "per_device_train_batch_size": 16,
+        "reward_funcs": ["accuracy", "format", "tag_count"],
+        "reward_weights": [1.0, 1.0, 1.0],
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "seed": 42,
+        "warmup_ratio": 0.1,
+    }
+
+    converted = convert_recipe(recipe, name=example.metadata.name or "", accelerate="zero2").resource
+    converted["spec"]["model"]["attnImplementation"] = "sdpa"
+    converted["spec"]["grpo"]["args"] |= {"beta": 0.04, "loss_type": "bnpo", "use_bias_correction_kl": False}
+    assert parse_training_run(converted) == example
+
+
 def test_a_chat_template_of_an_example_renders_a_conversation() -> None:
     messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     rendered = {
@@ -143,4 +240,7 @@ def test_a_chat_template_of_an_example_renders_a_conversation() -> None:
     assert rendered["smollm2-1.7b"] == turns
     assert rendered["openr1-distill-7b"].startswith("<|im_start|>system\n")
     assert rendered["openr1-distill-7b"].endswith(f"<|im_end|>\n{turns}")
+    distilled = "<｜User｜>2 + 2?<｜Assistant｜>4<｜end▁of▁sentence｜><｜Assistant｜>"  # noqa: RUF001 (the model's own bars)
+    for name in ("deepseek-r1-distill-qwen-1.5b-grpo", "deepseek-r1-distill-qwen-7b-grpo"):
+        assert rendered.pop(name) == distilled
     assert rendered.keys() == {"smollm2-1.7b", "openr1-distill-7b"}

@@ -20,6 +20,12 @@ def build_spec(**changes: Any) -> TrainingRunSpec:
     )
 
 
+def build_rewarded(*rewards: dict[str, Any]) -> TrainingRunSpec:
+    return TrainingRunSpec.model_validate(
+        {"model": {"source": "org/model"}, "datasets": [{"source": "org/data"}], "grpo": {"rewards": list(rewards)}}
+    )
+
+
 def distributions(spec: TrainingRunSpec, args: dict[str, Any] | None = None) -> list[str]:
     return [needed.distribution for needed in implied_packages(spec, args or {})]
 
@@ -51,6 +57,27 @@ def test_a_plain_spec_implies_nothing() -> None:
 )
 def test_each_key_implies_its_packages(changes: dict[str, Any], args: dict[str, Any], expected: list[str]) -> None:
     assert distributions(build_spec(**changes), args) == expected
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        ({"name": "accuracy"}, ["math-verify"]),
+        ({"name": "cosine"}, ["math-verify"]),
+        ({"name": "length"}, ["math-verify"]),
+        ({"name": "format"}, []),
+        ({"name": "repetition_penalty"}, []),
+        ({"name": "repetition_penalty", "params": {"language": "zh"}}, ["jieba"]),
+    ],
+)
+def test_each_reward_implies_its_packages(reward: dict[str, Any], expected: list[str]) -> None:
+    assert distributions(build_rewarded(reward)) == expected
+
+
+def test_a_reward_that_asks_for_a_package_is_named() -> None:
+    rewarded = build_rewarded({"name": "format"}, {"name": "accuracy"})
+
+    assert implied_packages(rewarded, {})[0].because == "spec.grpo.rewards[1].name: accuracy"
 
 
 def test_what_the_spec_itself_offers_is_in_the_image() -> None:

@@ -105,6 +105,12 @@ def test_the_loss_is_there_to_be_read_too(loss: str, text: str) -> None:
     assert progress.metric == text
 
 
+def test_the_reward_is_there_to_be_read_in_place_of_the_loss() -> None:
+    logged = Logged(step=3, metrics={"loss": "0.0123", "reward": "-0.6015625"})
+
+    assert take(None, build_report(started(), logged)).metric == "-0.6016"
+
+
 def test_an_attempt_never_moves_backwards() -> None:
     progress = take(None, build_report(started()), step(30, loss="1"))
     behind = take(progress, step(20, loss="2"), received_at=at(9))

@@ -98,7 +98,7 @@ def build_grpo_config(
     **spec: Any,
 ) -> TrainingConfig:
     """Return the config of an attempt that is rewarded for its answers to the column `problem`."""
-    grpo = {"rewards": list(rewards), "args": {**GRPO_ARGS, **(args or {})}}
+    grpo = {"rewards": list(rewards), "args": {**GRPO_ARGS, **(args or {})}, **spec.pop("grpo", {})}
     checked = coerce_spec(
         TrainingRunSpec.model_validate(
             {

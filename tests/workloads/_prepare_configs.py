@@ -1,4 +1,4 @@
-"""Specs and cases for tests of prepare and of data, and the one process that runs them all."""
+"""Specs and cases for tests of prepare and of data, and the one process that runs all of a script's cases."""
 
 from __future__ import annotations
 
@@ -89,17 +89,24 @@ def run_cases(
         }
         for case in cases
     ]
-    (folder / "cases.json").write_text(json.dumps(listed))
+    return run_script(
+        "prepare_cases.py", listed, python=python, folder=folder, environ=environ or {"HF_HUB_OFFLINE": "1"}
+    )
+
+
+def run_script(name: str, asked: Any, *, python: Path, folder: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Run a script that lies here on what it is asked; return what it found."""
+    (folder / "cases.json").write_text(json.dumps(asked))
     done = subprocess.run(
-        [python, Path(__file__).with_name("prepare_cases.py"), folder / "cases.json", folder / "out.json"],
+        [python, Path(__file__).with_name(name), folder / "cases.json", folder / "out.json"],
         env={
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "HF_HOME": str(folder / "hf-home"),
-            "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("operator", "workloads")),
+            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("operator", "workloads")),
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            **(environ or {"HF_HUB_OFFLINE": "1"}),
+            **environ,
         },
         capture_output=True,
         text=True,

@@ -33,6 +33,8 @@ _ATTENTION = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
+_MATH = ("math_verify", "math-verify")
+_REWARDS = {"accuracy": _MATH, "cosine": _MATH, "length": _MATH}
 _BITSANDBYTES = ("bitsandbytes", "bitsandbytes")
 # transformers 5.23, trainer_optimizer.py: the first prefix that fits says what an optimizer is imported from.
 _OPTIMIZERS: Mapping[str, tuple[str, str]] = {
@@ -73,6 +75,12 @@ def implied_packages(spec: TrainingRunSpec, args: JsonObject) -> tuple[Requireme
         found.append(Requirement("peft", "peft", f"spec.peft.method: {spec.peft.method}"))
         if spec.peft.method == "QLoRA":
             found.append(Requirement(*_BITSANDBYTES, "spec.peft.method: QLoRA"))
+    for index, reward in enumerate(spec.grpo.rewards if spec.grpo is not None else ()):
+        place = f"spec.grpo.rewards[{index}]"
+        if reward.name in _REWARDS:
+            found.append(Requirement(*_REWARDS[reward.name], f"{place}.name: {reward.name}"))
+        elif reward.name == "repetition_penalty" and reward.params.get("language") == "zh":
+            found.append(Requirement("jieba", "jieba", f"{place}.params.language: zh"))
     if spec.parallelism.strategy.startswith("ZeRO"):
         because = f"spec.parallelism.strategy: {spec.parallelism.strategy}"
         found.append(Requirement("deepspeed", "deepspeed", because))

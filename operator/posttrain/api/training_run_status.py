@@ -138,7 +138,7 @@ class Progress(StatusModel):
     eta: str | None = None
     """Time to the end, for reading, as in `3m20s`."""
     metric: str | None = None
-    """The training loss to four significant digits, for reading."""
+    """The training loss, or the mean reward where there is one, to four significant digits, for reading."""
     epoch: str | None = None
     """Passes over the data so far; a decimal."""
     metrics: list[Metric] | None = None

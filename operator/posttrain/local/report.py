@@ -100,6 +100,7 @@ def write_report(run: TrainingRun, *, storage: Path, out: Path) -> None:
     records = read_records(storage)
     lines = metric_lines(records)
     redone = redone_steps(records.facts)
+    first = "reward" if "reward" in lines else "loss"
     charts = [
         build_chart(
             lines[name],
@@ -107,8 +108,8 @@ def write_report(run: TrainingRun, *, storage: Path, out: Path) -> None:
             note=_NOTES.get(name, ""),
             redone=redone,
             from_zero=name in FROM_ZERO,
-            width=1000 if name == "loss" else 490,
-            height=300 if name == "loss" else 210,
+            width=1000 if name == first else 490,
+            height=300 if name == first else 210,
         )
         for name in lines
     ]

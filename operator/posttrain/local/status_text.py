@@ -92,7 +92,7 @@ def align(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 MODEL_WIDTH = 40
-TABLE_HEADER = ("NAME", "MODEL", "STATE", "STEP", "LOSS", "ETA", "RESTARTS", "AGE")
+TABLE_HEADER = ("NAME", "MODEL", "STATE", "STEP", "METRIC", "ETA", "RESTARTS", "AGE")
 
 
 def state_text(run: TrainingRun, *, executed: bool) -> str:
@@ -113,7 +113,7 @@ def table_row(run: TrainingRun, *, executed: bool, now: datetime) -> tuple[str, 
         _shorten(run.spec.model.label),
         state_text(run, executed=executed),
         step,
-        format_decimal(metric(status, name="loss")),
+        format_decimal(metric(status, name="reward") or metric(status, name="loss")),
         format_duration(eta) if eta else "",
         str(restart_count(status)),
         format_duration((now - created).total_seconds()) if created else "",

@@ -206,11 +206,12 @@ def _duration_text(seconds: int | None) -> str | None:
 
 
 def _metric_text(metrics: list[Metric] | None) -> str | None:
-    loss = next((metric.value for metric in metrics or () if metric.name == "loss"), None)
+    values = {metric.name: metric.value for metric in metrics or ()}
+    value = values.get("reward", values.get("loss"))
     try:
-        return f"{float(loss):.4g}" if loss is not None else None
+        return f"{float(value):.4g}" if value is not None else None
     except ValueError:
-        return loss
+        return value
 
 
 # --- Facts -----------------------------------------------------------------------------------------------------------

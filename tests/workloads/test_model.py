@@ -12,6 +12,10 @@ from tests.workloads.test_prepare import MARKED, copy_model
 
 pytestmark = pytest.mark.workloads
 
+ATTENTIONS = ("sdpa", "eager")
+KEY_HEADS = (1, 2)
+"""Each for two heads of the queries."""
+
 
 @pytest.fixture(scope="module")
 def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -34,8 +38,25 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         case("lora", peft={"rank": 8, "alpha": 16, "dropout": "0.1", "targetModules": ["q_proj"]}),
         case("lora on all", peft={}),
         case("shard missing", path=halves),
-        {**case("activations of sdpa", model_fields={"attnImplementation": "sdpa"}), "what": "activations"},
-        {**case("activations of eager", model_fields={"attnImplementation": "eager"}), "what": "activations"},
+        *(
+            {
+                **case(
+                    f"activations of {attention}, {heads} for keys",
+                    # The weights have the same shapes with any of them.
+                    model_fields={
+                        "attnImplementation": attention,
+                        "config": {
+                            "num_attention_heads": 2 * heads,
+                            "num_key_value_heads": heads,
+                            "head_dim": 32 // heads,
+                        },
+                    },
+                ),
+                "what": "activations",
+            }
+            for attention in ATTENTIONS
+            for heads in KEY_HEADS
+        ),
     ]
     return run_cases(cases, python=trainer_python, folder=folder / "run")
 
@@ -84,8 +105,9 @@ def test_a_missing_shard_is_told_before_loading(found: dict[str, Any]) -> None:
     assert problem.startswith("ModelNotFound: ")
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_estimate_of_activations_is_what_autograd_keeps(found: dict[str, Any], attention: str) -> None:
-    measured = found[f"activations of {attention}"]
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("heads", KEY_HEADS)
+def test_the_estimate_of_activations_is_what_autograd_keeps(found: dict[str, Any], attention: str, heads: int) -> None:
+    measured = found[f"activations of {attention}, {heads} for keys"]
     assert measured["estimated"] == pytest.approx(measured["kept"], rel=0.05)
     assert measured["parameters_of_shape"] == measured["parameters"]

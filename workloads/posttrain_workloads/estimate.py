@@ -341,8 +341,11 @@ def _activations(setup: Setup) -> int:
         case "flash":
             attention = element * (2 * shape.query + 2 * shape.key)
             mask = 0
-        case "sdpa":  # with a mask, each layer repeats keys and values for every head and makes numbers of the mask
-            attention = element * (4 * shape.query + row)
+        case "sdpa":
+            # With a mask, each layer makes numbers of it, and repeats keys and values for every head: those of a single
+            # head need no copies for that.
+            repeated = shape.query if shape.kv_heads > 1 else shape.key
+            attention = element * (2 * shape.query + 2 * repeated + row)
         case "eager":  # the softmax, in fp32 and as it is used
             attention = element * 4 * shape.query + shape.heads * row * (4 if element == 4 else 6)
     layer = tokens * (2 * norm + attention + element * 4 * shape.intermediate)

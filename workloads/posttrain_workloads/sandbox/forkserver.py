@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain_workloads.sandbox import processes, walls
@@ -21,6 +23,7 @@ from posttrain_workloads.sandbox.guard import guard_job, pack_request
 from posttrain_workloads.sandbox.job import Job, StageResult
 
 _CONTROL_VARIABLE = "POSTTRAIN_SANDBOX_CONTROL"
+_WAKEUPS = 4096
 
 
 class GuardError(Exception):
@@ -87,34 +90,38 @@ def main() -> None:
     guards: set[int] = set()
     control = socket.socket(fileno=int(os.environ.pop(_CONTROL_VARIABLE)))
     control.set_inheritable(False)
-    # Reaping interrupts the wait for the next connection; Python goes on waiting afterwards.
-    signal.signal(signal.SIGCHLD, lambda *_: _reap(guards))
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 1, socket.MSG_CMSG_CLOEXEC)
-        if not message:
-            break
-        connection = socket.socket(fileno=descriptors[0])
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-        pid = os.fork()
-        if pid == 0:
-            _be_guard(connection, control)
-        guards.add(pid)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        connection.close()
-    # Blocked, so that none ends between the look and the wait.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    _reap(guards)
-    while guards:
-        signal.sigwait({signal.SIGCHLD})
-        _reap(guards)
+    # A handler that reaped would be interrupted by the next end, in the midst of whatever it does.
+    ends, wakeup = socket.socketpair()
+    for end in (ends, wakeup):
+        end.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    serving = True
+    while serving or guards:
+        readable, _, _ = select.select([ends, control] if serving else [ends], [], [])
+        if ends in readable:
+            ends.recv(_WAKEUPS)
+            _reap(guards)
+        if control in readable:
+            message, descriptors, _, _ = socket.recv_fds(control, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            if not message:
+                serving = False
+                continue
+            connection = socket.socket(fileno=descriptors[0])
+            pid = os.fork()
+            if pid == 0:
+                _be_guard(connection, others=(control, ends, wakeup))
+            guards.add(pid)
+            connection.close()
 
 
-def _be_guard(connection: socket.socket, control: socket.socket) -> None:
+def _be_guard(connection: socket.socket, *, others: Sequence[socket.socket]) -> None:
     code = 1
     try:
-        control.close()
+        signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        for other in others:
+            other.close()
         guard_job(connection)
         code = 0
     except BaseException:

@@ -28,7 +28,6 @@ KIND = "Workload"
 POD_SET = "trainer"
 
 PREEMPTED = "Preempted"
-DEACTIVATED = "Deactivated"
 NODE_FAILURES = "NodeFailures"
 
 _QUEUED_AT_ONCE = frozenset({PREEMPTED, NODE_FAILURES})

@@ -95,31 +95,25 @@ def test_an_image_takes_its_base_as_an_argument_and_runs_as_a_numbered_user(imag
     assert re.findall(r"^USER (.+)", dockerfile, re.MULTILINE)[-1] == "10001:10001"
 
 
-def test_the_operator_starts_with_what_its_lock_names() -> None:
-    interpreter = ensure_environment("operator", cache=cache_root(os.environ), report=print)
+@pytest.mark.parametrize(
+    ("image", "folder", "module", "option"),
+    [
+        ("operator", "operator", "posttrain.control", "--settings FILE"),
+        ("sandbox", "workloads", "posttrain_workloads.sandbox", "--concurrency"),
+    ],
+)
+def test_what_an_image_serves_starts_with_what_its_lock_names(
+    image: str, folder: str, module: str, option: str
+) -> None:
+    interpreter = ensure_environment(image, cache=cache_root(os.environ), report=print)
 
     done = subprocess.run(
-        [interpreter, "-m", "posttrain.control", "--help"],
-        env={"PYTHONPATH": str(ROOT / "operator")},
+        [interpreter, "-m", module, "--help"],
+        env={"PYTHONPATH": str(ROOT / folder)},
         capture_output=True,
         text=True,
         check=False,
     )
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert "--settings FILE" in done.stdout
-
-
-def test_the_sandbox_starts_with_what_its_lock_names() -> None:
-    interpreter = ensure_environment("sandbox", cache=cache_root(os.environ), report=print)
-
-    done = subprocess.run(
-        [interpreter, "-m", "posttrain_workloads.sandbox", "--help"],
-        env={"PYTHONPATH": str(ROOT / "workloads")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "--concurrency" in done.stdout
+    assert option in done.stdout

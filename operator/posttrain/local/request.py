@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.api.loader import Document
@@ -79,7 +79,7 @@ def load_requests(options: Options, *, machine: Machine, state_root: Path) -> tu
         secrets=options.secrets,
         config_maps=_config_maps(documents),
     )
-    requests: list[Request] = []
+    runs: list[tuple[TrainingRun, Settings]] = []
     problems: list[Problem] = []
     for document, data in zip(found, changed, strict=True):
         resolved = resolve_paths(data, folder=options.file.absolute().parent)
@@ -96,27 +96,29 @@ def load_requests(options: Options, *, machine: Machine, state_root: Path) -> tu
             *find_reference_problems(run.spec, state_root=state_root, beside=names),
         ]
         problems += add_lines(seen, document=document)
-        requests.append(
-            Request(
-                run=run,
-                settings=settings,
-                claims=given.claims,
-                config_maps=given.config_maps,
-                secrets={},
-            )
-        )
+        runs.append((run, settings))
     if problems:
         raise InvalidResource(tuple(problems), origin=str(options.file))
     secrets = read_secrets(options.secrets)
-    return tuple(replace(_with_code(request), secrets=secrets) for request in _in_order(requests))
+    requests = [
+        Request(
+            run=run,
+            settings=settings,
+            claims=given.claims,
+            config_maps={**given.config_maps, **_own_code(run)},
+            secrets=secrets,
+        )
+        for run, settings in runs
+    ]
+    return tuple(_in_order(requests))
 
 
-def _with_code(request: Request) -> Request:
-    code = request.run.spec.code
+def _own_code(run: TrainingRun) -> dict[str, Mapping[str, str]]:
+    """Return the files of a run's folder of own code as a ConfigMap would hold them, under the folder's path."""
+    code = run.spec.code
     if code is None or code.path is None:
-        return request
-    files = {path.replace("/", _FOLDER_MARK): text for path, text in read_code(Path(code.path)).items()}
-    return replace(request, config_maps={**request.config_maps, code.path: files})
+        return {}
+    return {code.path: {path.replace("/", _FOLDER_MARK): text for path, text in read_code(Path(code.path)).items()}}
 
 
 def _in_order(requests: Sequence[Request]) -> Iterator[Request]:

@@ -78,10 +78,11 @@ def run_file(
         with open_view() as opened:
             view = SteadyView(opened)
             code = _run(request, options=options, machine=machine, state_root=root, cache=cache, view=view)
-            if code != ExitCode.DONE and requests[number:]:
-                left = ", ".join(request.run.metadata.name for request in requests[number:])
+            if code == ExitCode.DONE:
+                continue
+            left = ", ".join(other.run.metadata.name for other in requests[number:])
+            if left:
                 view.message(f"Not begun, because of {request.run.metadata.name}: {left}.")
-        if code != ExitCode.DONE:
             return code
     return ExitCode.DONE
 

@@ -198,18 +198,20 @@ def test_what_is_asked_of_a_queue_cannot_be_edited_while_quota_is_held(api: Test
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_the_api_server_stores_what_posttrain_plans_with(api: TestCluster, namespace: str, file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    (document,) = load_documents(text, origin=file.name)
-    answer = api.kubectl(
-        *("apply", "--dry-run=server", "--output=json", "--namespace", namespace, "--filename", "-"), input=text
+    answer = json.loads(
+        api.kubectl(
+            *("apply", "--dry-run=server", "--output=json", "--namespace", namespace, "--filename", "-"), input=text
+        )
     )
-    stored = json.loads(answer)
+    resources = answer["items"] if answer["kind"] == "List" else [answer]
 
-    filled = fill_defaults(document.data["spec"], resource_schema()["properties"]["spec"])
+    for document, stored in zip(load_documents(text, origin=file.name), resources, strict=True):
+        filled = fill_defaults(document.data["spec"], resource_schema()["properties"]["spec"])
 
-    assert json.dumps(stored["spec"], sort_keys=True) == json.dumps(filled, sort_keys=True)
-    resource = {**stored, "metadata": {"name": stored["metadata"]["name"]}}
-    planned, read_back = parse_training_run(document.data), parse_training_run(resource)
-    assert json.dumps(read_back.spec.to_data(), sort_keys=True) == json.dumps(planned.spec.to_data(), sort_keys=True)
+        assert json.dumps(stored["spec"], sort_keys=True) == json.dumps(filled, sort_keys=True)
+        resource = {**stored, "metadata": {"name": stored["metadata"]["name"]}}
+        planned, read_back = parse_training_run(document.data), parse_training_run(resource)
+        assert json.dumps(read_back.spec.to_data(), sort_keys=True) == json.dumps(planned.spec.to_data(), sort_keys=True)
 
 
 SPELLINGS = """\

@@ -72,6 +72,18 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "write -0.5",
     ),
     ({"rollout": {"mode": "Server"}}, "spec.grpo.rollout.mode", 'must be Transformers, not the string "Server"'),
+    (
+        {"signal": {"klDivergence": {"policy": "Suspend"}}},
+        "spec.grpo.signal.klDivergence.policy",
+        "Suspend would never come: without a reference model (spec.grpo.args.beta is 0)",
+    ),
+    (
+        {"signal": {"deadReward": {"bound": "1.5"}}},
+        "spec.grpo.signal.deadReward.bound",
+        "a share above 0 and at most 1",
+    ),
+    ({"signal": {"entropyCollapse": {"bound": 0.1}}}, "spec.grpo.signal.entropyCollapse.bound", "write it quoted"),
+    ({"signal": {"deadRewards": {}}}, "spec.grpo.signal.deadRewards", "did you mean `deadReward`?"),
     ({"args": {"max_length": 5}}, "spec.grpo.args.max_length", "a prompt is never cut"),
     ({"args": {"loss_type": "grop"}}, "spec.grpo.args.loss_type", 'did you mean "grpo"?'),
     ({"args": {"use_vllm": True}}, "spec.grpo.args.use_vllm", "it follows from spec.grpo.rollout"),

@@ -12,6 +12,7 @@ from pydantic import Field
 from posttrain.api.base import ApiModel, Decimal, JsonObject, ShortText
 from posttrain.api.rules import Rule
 from posttrain.api.shapes import EntryPoint
+from posttrain.api.signal import Signal
 
 
 class Reward(ApiModel):
@@ -87,4 +88,10 @@ class Grpo(ApiModel):
         default=Rollout(),
         description="How completions are generated. Default: by the trainer's own model.",
         examples=[{"mode": "Transformers"}],
+    )
+    signal: Signal = Field(
+        default=Signal(),
+        description="Checks of what the run learns from, and what follows where one finds something; may change while "
+        "the run lives, bounds and steps from the next attempt on. Default: a warning.",
+        examples=[{"deadReward": {"policy": "Suspend"}}],
     )

@@ -234,11 +234,9 @@ def _render_training(status: TrainingRunStatus, *, elapsed: str) -> RenderableTy
         Text(left or elapsed, style="dim"),
     )
     reward = metric(status, name="reward")
-    reward = metric(status, name="reward")
     loss = metric(status, name="loss")
     held_out = metric(status, name="eval_loss")
     numbers = [
-        *([f"reward {format_decimal(reward)}"] if reward else []),
         *([f"reward {format_decimal(reward)}"] if reward else []),
         *([f"loss {format_decimal(loss)}"] if loss else []),
         *([f"held-out loss {format_decimal(held_out)}"] if held_out else []),

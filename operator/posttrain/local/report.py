@@ -23,6 +23,8 @@ from posttrain.contract.facts import (
     NonFinite,
     PrepareResult,
     ResultFact,
+    SignalLost,
+    SignalRegained,
     Started,
 )
 from posttrain.local.curves import (
@@ -315,6 +317,10 @@ def _tell(fact: Fact) -> tuple[str, str] | None:
             return f"Checkpoint of step {step} passed over: {reason}", "bad"
         case NonFinite(metric=metric, step=step):
             return f"{metric} is not finite at step {step}", "bad"
+        case SignalLost(reason=reason, message=message):
+            return f"{reason}: {message}", "bad"
+        case SignalRegained(reason=reason, step=step):
+            return f"{reason} is over at step {step}", ""
         case FirstError(rank=rank, reason=reason, message=message):
             where = "" if rank is None else f" on rank {rank}"
             return f"{reason}{where}: {message}", "bad"

@@ -38,3 +38,8 @@ def picky(prompts: list[Any], completions: list[Any], posttrain_row: list[int], 
     if any(row % 2 for row in posttrain_row):
         raise ValueError("an odd row")
     return [1.0] * len(completions)
+
+
+def constant(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """Reward everything alike."""
+    return [0.5] * len(completions)

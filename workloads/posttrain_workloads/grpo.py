@@ -62,7 +62,7 @@ def train(rank: Rank) -> None:
             ),
         ],
         model=load_model(config, environ=environ),
-        reward_funcs=rewards,
+        reward_funcs=[reward.for_trainer() for reward in rewards],
         args=args,
         train_dataset=number_rows(mixture.train),
         eval_dataset=number_rows(mixture.test) if mixture.test is not None else None,

@@ -26,7 +26,8 @@ class Reward(ApiModel):
     function: EntryPoint | None = Field(
         default=None,
         description="`module:name` of a reward in `code`: a function of prompts, completions and the data's columns, "
-        "which returns a number, or None where it cannot score, for each completion.",
+        "which returns a number, or None where it cannot score, for each completion. It may be `async def`: such "
+        "rewards are awaited together.",
         examples=["rewards:says_please"],
     )
     weight: Decimal = Field(

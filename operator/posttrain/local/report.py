@@ -27,6 +27,7 @@ from posttrain.contract.facts import (
     SignalRegained,
     Started,
 )
+from posttrain.local.completions import Newest
 from posttrain.local.curves import (
     Line,
     Points,
@@ -97,7 +98,7 @@ class Argument:
     origin: str
 
 
-def write_report(run: TrainingRun, *, storage: Path, out: Path) -> None:
+def write_report(run: TrainingRun, *, storage: Path, out: Path, completions: Newest | None = None) -> None:
     """Write the report of `run`, made from its status and from what lies in `storage`, to the file `out`."""
     records = read_records(storage)
     lines = metric_lines(records)
@@ -126,13 +127,14 @@ def write_report(run: TrainingRun, *, storage: Path, out: Path) -> None:
         charts=[chart for chart in charts if chart is not None],
         numbers=_table_of_numbers(records, names=list(lines)),
         samples=records.samples,
+        completions=completions,
         checkpoints=records.checkpoints,
         prepared=records.prepared,
         timeline=_timeline(records.facts),
         arguments=changed_arguments(run, effective=records.effective_args),
         provenance=provenance_rows(run),
         resource=dump_document(resource),
-        notes=records.notes,
+        notes=records.notes if completions is None or not completions.note else (*records.notes, completions.note),
     )
 
 

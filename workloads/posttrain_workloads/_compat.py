@@ -108,6 +108,8 @@ def newest_completions(trainer: Any, *, count: int) -> Completions:
         completions=last(kept["completion"]),
         rewards={name: last(values) for name, values in kept["rewards"].items()},
         advantages=last(kept["advantages"]),
+        # An engine inside the trainer gets the weights of the step that begins, where it has not had them yet.
+        weights=[f"step-{trainer._last_loaded_step}"] * count if trainer.use_vllm else None,
     )
 
 

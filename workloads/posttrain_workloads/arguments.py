@@ -42,7 +42,12 @@ def owned_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict[st
     if config.method == "sft" and spec.model.eos_token is not None:
         owned["eos_token"] = spec.model.eos_token  # GRPO takes the tokenizer's
     if spec.grpo is not None:
-        owned |= {"reward_weights": [float(reward.weight) for reward in spec.grpo.rewards], "use_vllm": False}
+        mode = spec.grpo.rollout.mode
+        owned |= {
+            "reward_weights": [float(reward.weight) for reward in spec.grpo.rewards],
+            "use_vllm": mode != "Transformers",
+            **({"vllm_mode": mode.lower()} if mode != "Transformers" else {}),
+        }
     if spec.tracking.project is not None:
         owned["project"] = spec.tracking.project
     return owned

@@ -143,6 +143,7 @@ def build_setup(
     fsdp_checkpointing = bool((spec.parallelism.config or {}).get("activation_checkpointing"))
     is_sft = config.method == "sft"  # the others have no such keys
     groups = None if is_sft else count_groups(config.args, world_size=config.gang.world_size)
+    colocated = not is_sft and args.use_vllm and args.vllm_mode == "colocate"
     return estimate.Setup(
         architecture=architecture,
         parameters=parameters,
@@ -162,8 +163,18 @@ def build_setup(
         full_logits=args.label_smoothing_factor > 0,
         fused_norms=args.use_liger_kernel,
         reference=not is_sft and args.beta != 0 and spec.peft is None,
-        rollout=groups.of_a_rank if groups else 0,
+        rollout=groups.of_a_rank if groups and not args.use_vllm else 0,
+        engine=_engine_bytes(config, args, parameters=parameters) if colocated else 0,
+        engine_sleeps=colocated and args.vllm_enable_sleep_mode,
     )
+
+
+def _engine_bytes(config: TrainingConfig, args: GRPOConfig, *, parameters: int) -> int:
+    """Return what vLLM takes of each GPU: the share it is given, or its weights where the GPU's size is not known."""
+    if config.gpu_memory_bytes is not None:
+        return int(config.gpu_memory_bytes * args.vllm_gpu_memory_utilization)
+    engines: int = args.vllm_tensor_parallel_size
+    return parameters * (2 if args.bf16 or args.fp16 else 4) // engines
 
 
 def _advise(found: estimate.Estimate) -> str:
@@ -179,6 +190,7 @@ def _advise(found: estimate.Estimate) -> str:
         "logits": "lower per_device_train_batch_size or max_length",
         "reference": "leave beta at 0, shard it with parallelism.strategy ZeRO3, or train an adapter (spec.peft)",
         "rollout": "lower per_device_train_batch_size or max_completion_length",
+        "vLLM": "lower vllm_gpu_memory_utilization, or set vllm_enable_sleep_mode: true",
         "workspace": "take GPUs with more memory",
     }
     largest = max(found.parts, key=lambda name: found.parts[name])

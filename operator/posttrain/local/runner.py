@@ -40,7 +40,6 @@ from posttrain.plan.types import Plan
 from posttrain.settings import Settings
 
 EXIT_INTERRUPTED = 130
-_IMAGE = "trainer"
 _LONGEST_WAIT_SECONDS = 60.0
 _KILL_SECONDS = 15.0
 
@@ -97,8 +96,9 @@ def _run(request: Request, *, options: Options, machine: Machine, state_root: Pa
             stored = _resume(folder, request.run)
             if stored is not None and is_true(stored.status.conditions, FINISHED):
                 return _show_finished(stored, folder=folder, view=view)
-            view.stage(f"looking for the environment of the image {_IMAGE}")
-            interpreter = ensure_environment(_IMAGE, cache=cache, report=view.stage)
+            image = request.run.spec.image_name
+            view.stage(f"looking for the environment of the image {image}")
+            interpreter = ensure_environment(image, cache=cache, report=view.stage)
             interrupts.deferred = True
             store = RunStore(folder, accept_run(request.run, stored=stored, now=_now()))
             _link(folder, run=store.run, claims=claims)

@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.api.loader import dump_document
 from posttrain.api.training_run import TrainingRun
+from posttrain.contract.facts import FACT, Fact
 from posttrain.local.state import RunFolder
 from tests.support.processes import wait_for
 
@@ -69,6 +70,11 @@ class Command:
         run = self.run_folder.read_run()
         assert run is not None
         return run
+
+    def facts(self) -> list[Fact]:
+        """Return what the run's first node has told."""
+        (file,) = self.run_folder.storage.glob("facts-*.jsonl")
+        return [FACT.validate_json(line) for line in file.open("rb")]
 
     def logs(self) -> str:
         return "\n".join(f"{file}:\n{file.read_text()[-3000:]}" for file in sorted(self.run_folder.logs.glob("*.log")))

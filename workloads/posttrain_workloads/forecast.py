@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.api.grpo_checks import count_groups
 from posttrain.contract.config import TrainingConfig
-from posttrain_workloads import estimate
+from posttrain_workloads import _compat, estimate
 from posttrain_workloads.batches import BatchSettings, count_batches, find_batch_problems, warn_of_few_rows
 from posttrain_workloads.problems import Findings, Problem
 from posttrain_workloads.samples import Rendered
@@ -156,7 +156,7 @@ def build_setup(
         offload=spec.parallelism.offload,
         world_size=config.gang.world_size,
         adapter=adapter,
-        checkpointing=bool(args.activation_checkpointing) or fsdp_checkpointing,
+        checkpointing=_compat.recomputes_activations(args) or fsdp_checkpointing,
         offload_activations=is_sft and args.activation_offloading,
         attention="flash" if attention.startswith("flash") else "eager" if attention == "eager" else "sdpa",
         padding_free=is_sft and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")),

@@ -58,6 +58,12 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         )),
         case("long", rows=long),
         case("nearly long", args={"max_completion_length": 500}),
+        case("vllm elsewhere", grpo={"rollout": {"mode": "Colocate"}}, args={"vllm_max_model_length": 20}),
+        case(
+            "unseen weights",
+            grpo={"rollout": {"mode": "Colocate"}},
+            args={"vllm_importance_sampling_correction": False},
+        ),
         case("few rows", args={"per_device_train_batch_size": 32}),
         case("does not import", {"function": "broken_rewards:score"}),
         case(
@@ -108,6 +114,8 @@ BAD = [
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:few returns 1 values for 3 completions"),
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 3 completions"),
     ("async", "RewardFunctionFailed", "spec.grpo.rewards[1].function: async_rewards:few returns 1 values for 3 comp"),
+    ("vllm elsewhere", "PackageMissing", "spec.grpo.rollout.mode: Colocate needs the package vllm, which is not inst"),
+    ("vllm elsewhere", "ConfigInvalid", "spec.grpo.args.vllm_max_model_length: 20 tokens are fewer than the longest p"),
     ("reference", "ConfigInvalid", "the reference model is loaded without the overrides of spec.model.config"),
 ]  # fmt: skip
 
@@ -132,3 +140,7 @@ def test_cispo_without_its_own_bound_is_a_warning(found: dict[str, Any]) -> None
     assert found["cispo"]["problems"] == []
     assert "spec.grpo.args.epsilon_high is not set, and loss_type cispo takes it for" in found["cispo"]["warnings"][0]
     assert found["cispo with a bound"]["warnings"] == []
+
+
+def test_a_run_in_which_nobody_sees_stale_weights_is_warned_of(found: dict[str, Any]) -> None:
+    assert "if vLLM generates with other weights, it is not noticed" in found["unseen weights"]["warnings"][0]

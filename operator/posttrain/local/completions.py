@@ -79,7 +79,7 @@ def read_completions(run: TrainingRun, *, folder: RunFolder, step: int | None, c
             f"{run.metadata.name} has no completions of step {wanted}; there are {len(steps)} steps, from {steps[0]} "
             f"to {steps[-1]} (spec.grpo.args.logging_steps says which)"
         )
-    interpreter = ensure_environment("trainer", cache=cache, report=lambda line: print(line, file=sys.stderr))
+    interpreter = ensure_environment(run.spec.image_name, cache=cache, report=lambda line: print(line, file=sys.stderr))
     done = subprocess.run(
         [interpreter, "-m", "posttrain_workloads.completions", folder.storage / completions_file(wanted)],
         env={**os.environ, "PYTHONPATH": str(folder.packages)},
@@ -121,7 +121,8 @@ def _scores_text(row: Row) -> str:
         for name, value in row.items()
         if name.startswith(_REWARD)
     )
-    return f"{rewards}; advantage {row['advantage']:+.3g}"
+    weights = f"; weights {row['weights']}" if "weights" in row else ""
+    return f"{rewards}; advantage {row['advantage']:+.3g}{weights}"
 
 
 def render_completions(rows: Sequence[Row], *, step: int) -> str:

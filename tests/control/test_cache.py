@@ -148,7 +148,7 @@ def test_a_list_drops_what_is_not_in_it() -> None:
     for manifest in (kept, gone):
         bells.cache.put(manifest)
     bells.rung()
-    bells.cache.replace(CONFIG_MAP, [kept], version="15")
+    bells.cache.retain(CONFIG_MAP, {"u-1"}, version="15")
     bells.cache.put(build(name="demo-a2", uid="u-2", version=14))
 
     assert bells.cache.children(DEMO) == [kept]
@@ -159,7 +159,7 @@ def test_a_list_does_not_drop_what_is_newer_than_it() -> None:
     bells = Bells()
     made_meanwhile = build(version=16)
     bells.cache.put(made_meanwhile, own=True)
-    bells.cache.replace(CONFIG_MAP, [], version="15")
+    bells.cache.retain(CONFIG_MAP, (), version="15")
 
     assert bells.cache.children(DEMO) == [made_meanwhile]
     assert bells.rung() == []
@@ -168,7 +168,7 @@ def test_a_list_does_not_drop_what_is_newer_than_it() -> None:
 def test_a_list_concerns_its_kind_alone() -> None:
     cache = Bells().cache
     cache.put(build(SERVICE_ACCOUNT))
-    cache.replace(CONFIG_MAP, [], version="15")
+    cache.retain(CONFIG_MAP, (), version="15")
 
     assert cache.children(DEMO) == [build(SERVICE_ACCOUNT)]
     assert (cache.is_listed(CONFIG_MAP), cache.is_listed(SERVICE_ACCOUNT)) == (True, False)
@@ -178,7 +178,7 @@ def test_nothing_is_left_of_a_kind_that_is_gone() -> None:
     bells = Bells()
     bells.cache.put(build(PYTORCHJOB))
     bells.rung()
-    bells.cache.replace(PYTORCHJOB, [], version=None)
+    bells.cache.retain(PYTORCHJOB, (), version=None)
 
     assert bells.cache.children(DEMO) == []
     assert bells.cache.is_listed(PYTORCHJOB)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import orjson
@@ -147,18 +147,14 @@ class Cache:
             self._bury(known.uid, version=math.inf)
             self._remove(key)
 
-    def replace(self, kind: Kind, items: Iterable[Manifest], *, version: str | None) -> None:
-        """Take the whole list of a kind: what is not in it and not newer than it is gone.
+    def retain(self, kind: Kind, uids: Container[str], *, version: str | None) -> None:
+        """Take the whole list of a kind as put: what is not in it, hence of no such uid, and not newer is gone.
 
-        `version` is None where the cluster does not know the kind any more: no object of it can be newer.
+        `version` is the list's, None where the cluster does not know the kind any more: no object of it can be newer.
         """
         limit = math.inf if version is None else int(version)
-        seen = set()
-        for manifest in items:
-            self.put(manifest)
-            seen.add(manifest["metadata"]["uid"])
         for (namespace, name), entry in list(self._entries.get(kind, {}).items()):
-            if entry.uid not in seen and entry.version <= limit:
+            if entry.uid not in uids and entry.version <= limit:
                 self._bury(entry.uid, version=limit)
                 self._remove(ObjectKey(*kind, namespace, name))
         self._listed.add(kind)

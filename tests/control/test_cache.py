@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.control.cache import Cache, RunKey
-from posttrain.control.kinds import CONFIG_MAP, POD, PYTORCHJOB, SERVICE_ACCOUNT, TRAINING_RUN, Kind
+from posttrain.control.kinds import CONFIG_MAP, POD, PYTORCHJOB, SERVICE_ACCOUNT, TRAINING_RUN, WORKLOAD, Kind
 from posttrain.control.port import ObjectKey
 from posttrain.control.wakes import PROMPT_SECONDS
 from posttrain.plan.types import Manifest
@@ -299,7 +299,8 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True"}
         (build(POD, status={"phase": "Failed"}), False),
         (build(PYTORCHJOB, status={"conditions": [{"type": "Running", "status": "True"}]}), True),
         (build(PYTORCHJOB, status={"conditions": [{"type": "Failed", "status": "True"}]}), False),
-        (build(CONFIG_MAP), False),
+        (build(CONFIG_MAP), True),
+        (build(WORKLOAD), False),
     ],
 )
 def test_what_is_on_its_way_waits_for_more_of_it_and_what_ended_does_not(child: Manifest, waits: bool) -> None:
@@ -312,6 +313,26 @@ def test_what_is_on_its_way_waits_for_more_of_it_and_what_ended_does_not(child: 
     child["metadata"] |= {"resourceVersion": "11", "deletionTimestamp": "2026-03-01T09:00:00Z"}
     bells.cache.put(child)
     assert bells.patience == PROMPT_SECONDS
+
+
+def test_a_child_that_somebody_changed_waits_for_nothing() -> None:
+    bells = Bells()
+    bells.cache.put(build(data={"a": "1"}))
+    bells.cache.put(build(version=11, data={"a": "2"}))
+
+    assert bells.patience == PROMPT_SECONDS
+
+
+def test_of_a_job_only_its_end_rings() -> None:
+    bells = Bells()
+    told: list[dict[str, str]] = []
+    rung = []
+    for version, type_ in enumerate(("Created", "Running", "Failed"), start=10):
+        told.append({"type": type_, "status": "True"})
+        bells.cache.put(build(PYTORCHJOB, version=version, status={"conditions": list(told)}))
+        rung.append(bells.rung())
+
+    assert rung == [[DEMO], [], [DEMO]]
 
 
 def test_the_answer_to_a_write_of_ours_is_silent_and_so_is_the_watch_that_repeats_it() -> None:

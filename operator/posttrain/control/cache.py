@@ -127,7 +127,7 @@ class Cache:
             self._run_of[key] = run
             self._of_run.setdefault(run, set()).add(key)
         if not own and (known is None or (known.uid, known.wakes) != (uid, wakes)):
-            self._on_change(run, patience_seconds(manifest))
+            self._on_change(run, patience_seconds(manifest, is_new=known is None))
 
     def drop(self, manifest: Manifest) -> None:
         """Take an object as gone, given its last state: deleted, or without the label that the watch selects by."""

@@ -28,6 +28,8 @@ RunKey = tuple[str, str]
 """Namespace and name of a run."""
 
 _TOMBSTONES = 20_000
+_WINDOW_BITS = 13
+"""Eight kilobytes, as much as most objects have: the default's larger tables cost more than to compress one."""
 _DEPARTED = 8
 """How many pods of a run are remembered when they are gone: the first of an attempt to go may be its end's cause."""
 
@@ -237,7 +239,7 @@ def _pack(manifest: Manifest) -> bytes:
     if (manifest["apiVersion"], manifest["kind"]) == POD and "spec" in manifest:
         # What a pod is to run is its job's business; where it runs, and how it is, are its own.
         kept["spec"] = {name: value for name, value in manifest["spec"].items() if name == "nodeName"}
-    return zlib.compress(orjson.dumps(kept), level=1)
+    return zlib.compress(orjson.dumps(kept), level=1, wbits=_WINDOW_BITS)
 
 
 def _unpack(packed: bytes) -> Manifest:

@@ -50,8 +50,10 @@ _STARTING_SECONDS = 2.0
 """A gang that starts changes a dozen times on its way, and nothing is to be done about it."""
 _RUNNING_SECONDS = 1.0
 _JOB_ENDS = frozenset({"Succeeded", "Failed", "Complete"})
-_OURS_ALONE = frozenset({SERVICE_ACCOUNT, NETWORK_POLICY, CONFIG_MAP, CLAIM})
-"""Children that no other controller tells anything by."""
+_MADE_BY_PLANS = frozenset({SERVICE_ACCOUNT, NETWORK_POLICY, CONFIG_MAP, CLAIM, JOB, PYTORCHJOB})
+MADE_SECONDS = 10.0
+"""After something was made for a run: pods that come of it tell of themselves, long before that on a cluster that has
+time."""
 
 
 def fingerprint(manifest: Manifest) -> int:
@@ -108,7 +110,8 @@ def _ends(status: dict[str, Any]) -> set[str]:
 def patience_seconds(manifest: Manifest, *, is_new: bool) -> float:
     """Return for how long a change to this state may wait for others; what has ended or is to go waits for nothing.
 
-    `is_new`: nothing was known of the object. A new child is mostly our own, of whose making the watch tells first.
+    `is_new`: nothing was known of the object. A new child is mostly our own, whose watch told of it before the API
+    server's answer came.
     """
     status, kind = manifest.get("status") or {}, (manifest["apiVersion"], manifest["kind"])
     if manifest["metadata"].get("deletionTimestamp") is not None:
@@ -117,9 +120,9 @@ def patience_seconds(manifest: Manifest, *, is_new: bool) -> float:
         if _has_ended_in_part(status):
             return PROMPT_SECONDS
         return {"Pending": _STARTING_SECONDS, "Running": _RUNNING_SECONDS}.get(status.get("phase", ""), PROMPT_SECONDS)
-    if kind in (PYTORCHJOB, JOB):
-        return PROMPT_SECONDS if _ends(status) else _STARTING_SECONDS
-    return _STARTING_SECONDS if is_new and kind in _OURS_ALONE else PROMPT_SECONDS
+    if is_new and kind in _MADE_BY_PLANS and not _ends(status):
+        return MADE_SECONDS
+    return _STARTING_SECONDS if kind in (PYTORCHJOB, JOB) and not _ends(status) else PROMPT_SECONDS
 
 
 def _has_ended_in_part(status: dict[str, Any]) -> bool:

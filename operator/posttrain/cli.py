@@ -210,7 +210,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends or stops.")] = False,
     state: State = None,
 ) -> None:
-    """Print what a run's processes wrote."""
+    """Print what a run's processes wrote: those of an attempt and, without --attempt, of the run's services."""
     from posttrain.local.logs import read_lines
 
     folder, _ = _find_run(name, state=state)

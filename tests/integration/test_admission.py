@@ -211,7 +211,9 @@ def test_the_api_server_stores_what_posttrain_plans_with(api: TestCluster, names
         assert json.dumps(stored["spec"], sort_keys=True) == json.dumps(filled, sort_keys=True)
         resource = {**stored, "metadata": {"name": stored["metadata"]["name"]}}
         planned, read_back = parse_training_run(document.data), parse_training_run(resource)
-        assert json.dumps(read_back.spec.to_data(), sort_keys=True) == json.dumps(planned.spec.to_data(), sort_keys=True)
+        assert json.dumps(read_back.spec.to_data(), sort_keys=True) == json.dumps(
+            planned.spec.to_data(), sort_keys=True
+        )
 
 
 SPELLINGS = """\

@@ -18,6 +18,8 @@ from tests.support.processes import wait_for
 
 PLANNED_SERVER = "https://posttrain-progress.posttrain-system.svc:8443"
 LOCAL_SERVER = "http://127.0.0.1:1"
+IMAGES = ("", "ghcr.io/posttrain/trainer", "registry.example.com/trainer")
+"""Of the golden plans, and of the pods here, which have none."""
 PYTORCHJOB = ObjectRef("kubeflow.org/v1", "PyTorchJob", "demo-a1")
 JOB = ObjectRef("batch/v1", "Job", "demo-prepare")
 
@@ -49,7 +51,7 @@ class FakeTokens:
 def build_site(folder: Path, **changes: Any) -> Site:
     """Return a machine without GPUs whose environment is this test's own."""
     values: dict[str, Any] = {
-        "interpreter": Path(sys.executable),
+        "interpreters": dict.fromkeys(IMAGES, Path(sys.executable)),
         "packages": folder / "packages",
         "machine": {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "SECRET": "of this shell"},
         "planned_server": PLANNED_SERVER,
@@ -160,3 +162,55 @@ def terminated(observed: Observed, pod: str) -> dict[str, Any]:
     found = next(p for p in observed.pods if p["metadata"]["name"] == pod)
     state: dict[str, Any] = found["status"]["containerStatuses"][0]["state"]["terminated"]
     return state
+
+
+SERVER = """
+import http.server, os, pathlib, sys
+pathlib.Path(os.environ['PIDS'], str(os.getpid())).touch()
+host, port = os.environ['POSTTRAIN_LISTEN'].split(':')
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == '/end':
+            print('told to end', flush=True)
+            os._exit(3)
+        self.send_response(503 if pathlib.Path(os.environ['PIDS'], 'busy').exists() else 200)
+        self.end_headers()
+        self.wfile.write(os.environ['POSTTRAIN_POD_NAME'].encode())
+
+http.server.HTTPServer((host, int(port)), Handler).serve_forever()
+"""
+"""A program that serves: its pod's name on any path, 503 while a file `busy` lies beside its id, its end on /end."""
+
+
+def build_service(
+    name: str, program: str = SERVER, *, kind: str = "Deployment", replicas: int = 1, **container: Any
+) -> list[Manifest]:
+    """Return a Service and what stands behind it: a Deployment, or a StatefulSet with a headless Service."""
+    labels = {"posttrain.dev/run": "demo", "posttrain.dev/role": name}
+    template = build_pod_template(program, **container)
+    (own,) = template["spec"]["containers"]
+    own["readinessProbe"] = {"httpGet": {"path": "/health", "port": 8000}, "periodSeconds": 0.02}
+    own["env"] = [
+        *own.get("env", ()),
+        {"name": "POSTTRAIN_LISTEN", "value": "0.0.0.0:8000"},
+        {"name": "POSTTRAIN_POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+    ]
+    template["metadata"] = {"labels": labels}
+    stateful = kind == "StatefulSet"
+    metadata = {"name": name, "namespace": "team"}
+    spec = {"selector": labels, "ports": [{"port": 8000}], **({"clusterIP": "None"} if stateful else {})}
+    return [
+        {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec},
+        {
+            "apiVersion": "apps/v1",
+            "kind": kind,
+            "metadata": metadata,
+            "spec": {
+                "replicas": replicas,
+                "selector": {"matchLabels": labels},
+                "template": template,
+                **({"serviceName": name, "podManagementPolicy": "Parallel"} if stateful else {}),
+            },
+        },
+    ]

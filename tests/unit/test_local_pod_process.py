@@ -8,15 +8,24 @@ from typing import Any
 import pytest
 
 from posttrain.local.container import Command
-from posttrain.local.pod_process import build_process
+from posttrain.local.network import Network
+from posttrain.local.pod_process import Surroundings, build_process, choose_gpus
+from posttrain.plan.types import Manifest
 from tests.support.local_cluster import build_site
 
 FOLDER = Path("/runs/demo")
 
 
-def build(container: dict[str, Any], *, roots: dict[str, Path] | None = None, **site: Any) -> Command:
-    pod = {"metadata": {"name": "p"}, "spec": {"containers": [{"command": ["python", "-m", "x"], **container}]}}
-    return build_process(pod, roots=roots or {}, cwd=FOLDER, site=build_site(FOLDER, **site))
+def build(
+    container: dict[str, Any], *, roots: dict[str, Path] | None = None, gpus: tuple[str, ...] = (), **site: Any
+) -> Command:
+    here = build_site(FOLDER, **site)
+    given = Surroundings(cwd=FOLDER, roots=roots or {}, network=Network(lambda: ()), secrets=here.secrets, gpus=gpus)
+    return build_process(build_pod(container), site=here, given=given)
+
+
+def build_pod(container: dict[str, Any]) -> Manifest:
+    return {"metadata": {"name": "p"}, "spec": {"containers": [{"command": ["python", "-m", "x"], **container}]}}
 
 
 def value(text: str, *, roots: dict[str, Path]) -> str:
@@ -24,10 +33,12 @@ def value(text: str, *, roots: dict[str, Path]) -> str:
 
 
 def test_python_is_the_environments_interpreter_and_its_scripts_come_first() -> None:
-    command = build({}, interpreter=Path("/envs/trainer/bin/python"))
+    interpreters = {f"registry/{name}": Path(f"/envs/{name}/bin/python") for name in ("trainer", "sandbox")}
 
-    assert command.argv == ("/envs/trainer/bin/python", "-m", "x")
-    assert command.env["PATH"] == "/envs/trainer/bin:/usr/bin:/bin"
+    command = build({"image": "registry/sandbox:2"}, interpreters=interpreters)
+
+    assert command.argv == ("/envs/sandbox/bin/python", "-m", "x")
+    assert command.env["PATH"] == "/envs/sandbox/bin:/usr/bin:/bin"
 
 
 def test_only_named_variables_of_the_machine_are_passed_on() -> None:
@@ -71,11 +82,13 @@ def test_secrets_become_variables_and_a_variable_of_its_own_wins() -> None:
     assert (env["A"], env["B"], env["T"]) == ("1", "mine", "x")
 
 
-@pytest.mark.parametrize(("limits", "visible"), [({}, ""), ({"nvidia.com/gpu": "2"}, "GPU-a,GPU-b")])
-def test_a_pod_sees_the_gpus_that_it_asks_for_and_no_others(limits: dict[str, str], visible: str) -> None:
-    env = build({"resources": {"limits": limits}}, gpus=("GPU-a", "GPU-b", "GPU-c")).env
+@pytest.mark.parametrize(("limits", "chosen"), [({}, ()), ({"nvidia.com/gpu": "2"}, ("GPU-b", "GPU-c"))])
+def test_a_pod_gets_as_many_gpus_as_it_asks_for_and_none_that_others_have(
+    limits: dict[str, str], chosen: tuple[str, ...]
+) -> None:
+    site = build_site(FOLDER, gpus=("GPU-a", "GPU-b", "GPU-c"))
 
-    assert env["CUDA_VISIBLE_DEVICES"] == visible
+    assert choose_gpus(build_pod({"resources": {"limits": limits}}), site=site, taken={"GPU-a"}) == chosen
 
 
 def test_behind_a_proxy_the_progress_server_is_reached_without_it() -> None:

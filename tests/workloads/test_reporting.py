@@ -11,8 +11,10 @@ import pytest
 
 from posttrain.contract.facts import FACT, AcknowledgedSource, CheckpointSaved, Fact, FactsReply, Logged, PhaseChanged
 from posttrain_workloads.reporting import FactClient, FactLog, Reporter, open_reporter
+from tests.workloads._configs import build_config
 from tests.workloads._server import FactsServer
 
+CONFIG = build_config(model=Path("/model"), rows=Path("/rows.jsonl"))
 NOW = datetime(2026, 3, 14, 9, 26, 53, tzinfo=UTC)
 
 
@@ -162,11 +164,26 @@ def test_a_process_whose_steps_stand_still_sends_no_beat(tmp_path: Path) -> None
 def test_a_reporter_of_another_runs_storage_writes_nothing_there(tmp_path: Path) -> None:
     server = FactsServer()
     environ = {"POSTTRAIN_STORAGE": str(tmp_path), "POSTTRAIN_FACTS_URL": server.url}
-    reporter = open_reporter(environ=environ, attempt=1, source="launch-0", keep=False)
+    reporter = open_reporter(CONFIG, environ=environ, source="launch-0", keep=False)
     reporter.send(Logged(step=1, metrics={}))
     assert reporter.close(timeout_seconds=20)
     assert list(tmp_path.iterdir()) == []
     assert steps(server.taken[1, "launch-0"]) == [1]
+
+
+def test_a_run_that_is_applied_again_over_its_storage_numbers_its_facts_from_one(tmp_path: Path) -> None:
+    server = FactsServer()
+    environ = {"POSTTRAIN_STORAGE": str(tmp_path), "POSTTRAIN_FACTS_URL": server.url}
+    for uid, sent in (("first", [1, 2]), ("second", [3])):
+        run = CONFIG.run.model_copy(update={"uid": uid})
+        reporter = open_reporter(CONFIG.model_copy(update={"run": run}), environ=environ, source="rank-0", node=1)
+        for step in sent:
+            reporter.send(logged(step))
+        assert reporter.close(timeout_seconds=20)
+        server.taken.clear()  # the second is another resource, whose status has acknowledged nothing
+
+    kept = {path.name: FactLog(path).last_seq(attempt=1, source="rank-0") for path in tmp_path.glob("*.jsonl")}
+    assert kept == {"facts-first-1.jsonl": 2, "facts-second-1.jsonl": 1}
 
 
 def logged(step: int) -> Logged:

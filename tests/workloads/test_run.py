@@ -15,7 +15,7 @@ import pytest
 
 from posttrain.api.loader import dump_document
 from posttrain.api.training_run import TrainingRun
-from posttrain.contract.facts import FACT
+from posttrain.contract.facts import FACT, Fact
 from posttrain.local.state import RunFolder
 from tests.support.processes import wait_for
 from tests.workloads._configs import ARGS
@@ -77,6 +77,11 @@ class Command:
         assert run is not None
         return run
 
+    def facts(self) -> list[Fact]:
+        """Return what the run's first node has told."""
+        (file,) = self.run_folder.storage.glob("facts-*.jsonl")
+        return [FACT.validate_json(line) for line in file.open("rb")]
+
     def logs(self) -> str:
         return "\n".join(f"{file}:\n{file.read_text()[-3000:]}" for file in sorted(self.run_folder.logs.glob("*.log")))
 
@@ -133,7 +138,7 @@ def test_a_killed_rank_restarts_the_gang_and_the_status_counts_what_it_cost(comm
     assert (status.restarts.infrastructure, status.restarts.application) == (1, 0)
     history = json.loads((command.run_folder.storage / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 41))
-    facts = [FACT.validate_json(line) for line in (command.run_folder.storage / "facts.jsonl").open("rb")]
+    facts = command.facts()
     resumed = next(f.body.resumed_from_step for f in facts if f.attempt == 2 and f.body.type == "Started")
     reached = next(f.body.last_step for f in facts if f.attempt == 1 and f.body.type == "Result")
     assert resumed >= 8
@@ -156,8 +161,7 @@ def test_after_a_kill_of_the_command_nothing_is_left_and_the_next_one_goes_on(co
     assert (status.stage, status.attempt) == ("Succeeded", 2)
     assert status.restarts is not None and status.restarts.infrastructure == 1
     # What the ranks wrote while nobody listened has arrived by now.
-    told = [FACT.validate_json(line) for line in (command.run_folder.storage / "facts.jsonl").open("rb")]
-    last = {(fact.attempt, fact.source): fact.seq for fact in told}
+    last = {(fact.attempt, fact.source): fact.seq for fact in command.facts()}
     assert status.progress is not None and status.progress.acknowledged is not None
     assert last == {(a.attempt, a.source): a.seq for a in status.progress.acknowledged if (a.attempt, a.source) in last}
 
@@ -223,7 +227,7 @@ def test_what_prepare_finds_wrong_ends_the_command_before_any_training(command: 
     code, output = command.start().wait()
     assert code == 2, output + command.logs()
     assert "question" in output and "messages" in output
-    assert not (command.run_folder.storage / "facts.jsonl").read_text().count('"Started"')
+    assert "Started" not in {fact.body.type for fact in command.facts()}
     assert [file.name for file in command.run_folder.logs.glob("*.log")] == ["tiny-prepare-0.log"]
 
 

@@ -71,10 +71,10 @@ def launch(workload: str, *, environ: Mapping[str, str]) -> int:
         verdict = Verdict(
             result=Result(reason=reason, message=str(error), advice=advice_for(reason)), exit_code=ExitCode.INVALID
         )
-        reporter = open_reporter(environ=environ, attempt=config.attempt, source=f"launch-{node}", keep=False)
+        reporter = open_reporter(config, environ=environ, source=f"launch-{node}", keep=False)
         return _tell(verdict, reporter=reporter, termination=termination, last_step=None)
 
-    reporter = open_reporter(environ=environ, attempt=config.attempt, source=f"launch-{node}", node=node)
+    reporter = open_reporter(config, environ=environ, source=f"launch-{node}", node=node)
     reporter.beat(phase="preparing" if workload == "prepare" else "loading")
     reporter.resend()
     runtime = Runtime.of(environ)

@@ -60,7 +60,7 @@ def main() -> None:
 
         datasets.disable_progress_bars()
         config = TrainingConfig.from_json(Path(os.environ[environment.CONFIG]).read_text())
-        reporter = open_reporter(environ=os.environ, attempt=config.attempt, source="prepare")
+        reporter = open_reporter(config, environ=os.environ, source="prepare")
         reporter.beat(phase="preparing")
         reporter.send(PhaseChanged(phase="preparing"))
         outcome = prepare(config, environ=os.environ)

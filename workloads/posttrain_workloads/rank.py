@@ -60,7 +60,7 @@ def run_rank(train: Callable[[Rank], None]) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
         os.environ.update(tracker_environment(config, environ=os.environ))
         if rank == 0:
-            reporter = open_reporter(environ=os.environ, attempt=config.attempt, source="rank-0")
+            reporter = open_reporter(config, environ=os.environ, source="rank-0")
             reporter.beat(phase="loading")
             reporter.send(PhaseChanged(phase="loading"))
         train(

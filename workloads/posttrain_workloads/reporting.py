@@ -23,6 +23,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from posttrain.contract import environment
+from posttrain.contract.config import RunIdentity, TrainingConfig
 from posttrain.contract.facts import (
     BODY_MAX_BYTES,
     FACT,
@@ -397,7 +398,7 @@ class Reporter:
 
 
 def open_reporter(
-    *, environ: Mapping[str, str], attempt: int, source: str, node: int = 0, keep: bool = True
+    config: TrainingConfig, *, environ: Mapping[str, str], source: str, node: int = 0, keep: bool = True
 ) -> Reporter:
     """Return the reporter of this process.
 
@@ -410,10 +411,15 @@ def open_reporter(
         client = FactClient(
             url, token_file=Path(token_file) if token_file else None, ca_file=Path(ca_file) if ca_file else None
         )
-    log = FactLog(Path(environ[environment.STORAGE]) / facts_file(node)) if keep else None
-    return Reporter(attempt=attempt, source=source, log=log, client=client)
+    log = FactLog(Path(environ[environment.STORAGE]) / facts_file(config.run, node=node)) if keep else None
+    return Reporter(attempt=config.attempt, source=source, log=log, client=client)
 
 
-def facts_file(node: int) -> str:
-    """Return the name of a node's facts file."""
-    return "facts.jsonl" if node == 0 else f"facts-{node}.jsonl"
+def facts_file(run: RunIdentity, *, node: int) -> str:
+    """Return the name of a node's facts file.
+
+    A run that was deleted and applied again goes on in the same storage, and its status knows nothing of the facts that
+    were acknowledged before: so each resource has files of its own, and numbers from one.
+    """
+    parts = ["facts", *([run.uid] if run.uid else []), *([str(node)] if node else [])]
+    return "-".join(parts) + ".jsonl"

@@ -52,6 +52,8 @@ class RunIdentity(ContractModel):
     kind: str
     namespace: str
     name: str
+    uid: str | None = None
+    """None where no API server has taken the resource yet."""
 
 
 class GangShape(ContractModel):

@@ -20,6 +20,8 @@ RUNTIME = "POSTTRAIN_RUNTIME"
 """Folder, private to the pod and empty at its start: error files, the stop request."""
 FACTS_URL = "POSTTRAIN_FACTS_URL"
 """Address that facts are posted to."""
+LISTEN = "POSTTRAIN_LISTEN"
+"""`host:port`: where a container that serves is to listen; unset in any other."""
 POD_NAME = "POSTTRAIN_POD_NAME"
 NODE_NAME = "POSTTRAIN_NODE_NAME"
 

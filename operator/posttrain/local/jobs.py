@@ -27,8 +27,8 @@ class Rendezvous:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOutcome:
-    """What follows for a job from its pods."""
+class Outcome:
+    """What follows for an object from its pods."""
 
     status: dict[str, Any]
     create: tuple[Manifest, ...] = ()
@@ -41,9 +41,7 @@ class JobOutcome:
 # --- PyTorchJob ------------------------------------------------------------------------------------------------------
 
 
-def reconcile_pytorchjob(
-    job: Manifest, pods: Sequence[Manifest], *, rendezvous: Rendezvous, now: datetime
-) -> JobOutcome:
+def reconcile_pytorchjob(job: Manifest, pods: Sequence[Manifest], *, rendezvous: Rendezvous, now: datetime) -> Outcome:
     """Return what becomes of a PyTorchJob with restartPolicy Never and cleanPodPolicy Running.
 
     A missing pod is made, as by the training operator: after the job's creation none is missing, for nobody but the
@@ -52,7 +50,7 @@ def reconcile_pytorchjob(
     status = dict(job.get("status") or {})
     if _is_true(status, "Succeeded") or _is_true(status, "Failed"):
         live = [pod for pod in pods if not is_finished(pod) and not is_being_deleted(pod)]
-        return JobOutcome(status=status, delete=tuple(pod["metadata"]["name"] for pod in live))
+        return Outcome(status=status, delete=tuple(pod["metadata"]["name"] for pod in live))
     name = job["metadata"]["name"]
     existing = {pod["metadata"]["name"] for pod in pods}
     missing = tuple(
@@ -76,7 +74,7 @@ def reconcile_pytorchjob(
         status["completionTime"] = format_time(now)
     elif master.get("active") and not _is_true({"conditions": conditions}, "Running"):
         conditions = [*conditions, _condition("Running", f"PyTorchJob {name} is running.", now=now)]
-    return JobOutcome(status={**status, "conditions": conditions}, create=missing)
+    return Outcome(status={**status, "conditions": conditions}, create=missing)
 
 
 def build_gang(job: Manifest, *, rendezvous: Rendezvous, now: datetime) -> tuple[Manifest, ...]:
@@ -174,11 +172,11 @@ def _is_true(status: Mapping[str, Any], type_: str) -> bool:
 # --- Job -------------------------------------------------------------------------------------------------------------
 
 
-def reconcile_job(job: Manifest, pods: Sequence[Manifest], *, now: datetime) -> JobOutcome:
+def reconcile_job(job: Manifest, pods: Sequence[Manifest], *, now: datetime) -> Outcome:
     """Return what becomes of a Job of one pod, with its backoffLimit and podFailurePolicy."""
     status = dict(job.get("status") or {})
     if _is_true(status, "Complete") or _is_true(status, "Failed"):
-        return JobOutcome(status=status)
+        return Outcome(status=status)
     name, spec = job["metadata"]["name"], job["spec"]
     actions = {
         pod["metadata"]["name"]: _failure_action(spec, pod) for pod in pods if pod["status"]["phase"] == "Failed"
@@ -192,7 +190,7 @@ def reconcile_job(job: Manifest, pods: Sequence[Manifest], *, now: datetime) -> 
     if succeeded:
         message = "Reached expected number of succeeded pods"
         done = _condition("Complete", message, now=now, reason="CompletionsReached")
-        return JobOutcome(status={**status, "conditions": [done], "completionTime": format_time(now)})
+        return Outcome(status={**status, "conditions": [done], "completionTime": format_time(now)})
     if stopped is not None:
         message = (
             f"Container {spec['template']['spec']['containers'][0]['name']} for pod "
@@ -200,19 +198,19 @@ def reconcile_job(job: Manifest, pods: Sequence[Manifest], *, now: datetime) -> 
             f"{_exit_code(stopped)} matching FailJob rule"
         )
         end = _condition("Failed", message, now=now, reason="PodFailurePolicy")
-        return JobOutcome(status={**status, "conditions": [end]})
+        return Outcome(status={**status, "conditions": [end]})
     if len(failed) > spec.get("backoffLimit", 6):
         message = "Job has reached the specified backoff limit"
         end = _condition("Failed", message, now=now, reason="BackoffLimitExceeded")
-        return JobOutcome(status={**status, "conditions": [end]})
+        return Outcome(status={**status, "conditions": [end]})
     if active:
-        return JobOutcome(status=status)
+        return Outcome(status=status)
     due = _retry_time(failed)
     if due is not None and due > now:
-        return JobOutcome(status=status, retry_at=due)
+        return Outcome(status=status, retry_at=due)
     labels = {"batch.kubernetes.io/job-name": name, "job-name": name}
-    pod = build_pod(job, spec["template"], name=f"{name}-{len(pods)}", labels=labels, env=(), now=now)
-    return JobOutcome(status={**status, "active": 1}, create=(pod,))
+    pod = build_pod(job, spec["template"], name=f"{name}-{len(pods)}", labels=labels, now=now)
+    return Outcome(status={**status, "active": 1}, create=(pod,))
 
 
 def _failure_action(spec: Mapping[str, Any], pod: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""The logs of a local run, by attempt and rank.
+"""The logs of a local run, by attempt and rank, and those of its services, which outlive attempts.
 
 It owns which files belong to an attempt and how they are followed; it must not interpret what stands in them.
 """
@@ -17,25 +17,32 @@ _POLL_SECONDS = 0.3
 
 
 def find_logs(folder: RunFolder, *, attempt: int | None) -> list[Path]:
-    """Return the logs of an attempt's pods, by node; without a number those of the newest; 0 is prepare's.
+    """Return the logs of an attempt's pods, by node; 0 is prepare's.
+
+    Without a number: those of the newest attempt, and then those of the run's services.
 
     Raises:
         UserError: there is none.
     """
     by_attempt: dict[int, list[Path]] = {}
+    services: list[Path] = []
     for file in folder.logs.glob("*.log"):
         job = file.stem.rsplit("-", 2)[0]  # <job>-master-0, <job>-worker-<n>
         if (of := attempt_of(folder.name, name=job)) is not None:
             by_attempt.setdefault(of, []).append(file)
         elif file.stem.rsplit("-", 1)[0] == prepare_name(folder.name):
             by_attempt.setdefault(PREPARE_ATTEMPT, []).append(file)
-    if not by_attempt:
+        else:
+            services.append(file)
+    if not by_attempt and not services:
         raise UserError(f"run {folder.name!r} has written no log yet")
-    wanted = max(by_attempt) if attempt is None else attempt
-    if wanted not in by_attempt:
+    if attempt is None:
+        newest = by_attempt[max(by_attempt)] if by_attempt else []
+        return [*sorted(newest, key=_by_node), *sorted(services)]
+    if attempt not in by_attempt:
         known = ", ".join(str(number) for number in sorted(by_attempt))
-        raise UserError(f"run {folder.name!r} has no log of attempt {wanted}; there are logs of: {known} (0: prepare)")
-    return sorted(by_attempt[wanted], key=_by_node)
+        raise UserError(f"run {folder.name!r} has no log of attempt {attempt}; there are logs of: {known} (0: prepare)")
+    return sorted(by_attempt[attempt], key=_by_node)
 
 
 def _by_node(file: Path) -> tuple[bool, int]:

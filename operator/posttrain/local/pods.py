@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from posttrain.local.container import Ended
@@ -32,11 +33,16 @@ def build_pod(
     template: Mapping[str, Any],
     *,
     name: str,
-    labels: Mapping[str, str],
-    env: tuple[tuple[str, str], ...],
+    labels: Mapping[str, str] = MappingProxyType({}),
+    env: tuple[tuple[str, str], ...] = (),
+    restart_policy: str = "Never",
     now: datetime,
+    **spec: Any,
 ) -> Manifest:
-    """Return a pod of a job, its variables `env` appended to the container's own."""
+    """Return a pod of a job or a service, its variables `env` appended to the container's own.
+
+    `spec` are further fields of its spec.
+    """
     container, *others = template["spec"]["containers"]
     assert not others, "a plan's pods have one container"
     own = template["metadata"]
@@ -57,16 +63,17 @@ def build_pod(
         ],
     }
     appended = [{"name": key, "value": value} for key, value in env]
-    spec = {
+    whole_spec = {
         **template["spec"],
-        "restartPolicy": "Never",
+        **spec,
+        "restartPolicy": restart_policy,
         "containers": [{**container, "env": [*container.get("env", ()), *appended]}],
     }
     return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": new_metadata(metadata, now=now),
-        "spec": spec,
+        "spec": whole_spec,
         "status": {"phase": "Pending", "conditions": [_condition("PodScheduled", "True", now=now)]},
     }
 
@@ -87,20 +94,45 @@ def is_being_deleted(pod: Manifest) -> bool:
     return "deletionTimestamp" in pod["metadata"]
 
 
+def is_restarted(pod: Manifest) -> bool:
+    """Return whether the pod's container is started again when it ends."""
+    return bool(pod["spec"]["restartPolicy"] == "Always")
+
+
+def is_ready(pod: Manifest) -> bool:
+    """Return whether the pod's container serves, or, where nobody asks it, runs."""
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ()))
+
+
 def grace_seconds(pod: Manifest) -> int:
     """Return how long the pod's container may take to end."""
     return int(pod["spec"].get("terminationGracePeriodSeconds", 30))
 
 
 def running_status(pod: Manifest, *, started_at: datetime) -> dict[str, Any]:
-    """Return the status of a pod whose container has started."""
+    """Return the status of a pod whose container has started, for the first time or again."""
     time = format_time(started_at)
+    # Where a probe asks, it says when.
+    ready = "readinessProbe" not in pod["spec"]["containers"][0]
+    container = _container(pod, ready=ready, state={"running": {"startedAt": time}})
+    if "containerStatuses" in pod["status"]:
+        container["restartCount"] += 1
     return {
+        "startTime": time,
         **pod["status"],
         "phase": "Running",
-        "startTime": time,
-        "conditions": _ready_conditions(pod, "True", now=started_at),
-        "containerStatuses": [_container(pod, ready=True, state={"running": {"startedAt": time}})],
+        "conditions": _ready_conditions(pod, str(ready), now=started_at),
+        "containerStatuses": [container],
+    }
+
+
+def probed_status(pod: Manifest, *, ready: bool, now: datetime) -> dict[str, Any]:
+    """Return the status of a pod whose readiness probe gives another answer than before."""
+    (container,) = pod["status"]["containerStatuses"]
+    return {
+        **pod["status"],
+        "conditions": _ready_conditions(pod, str(ready), now=now),
+        "containerStatuses": [{**container, "ready": ready}],
     }
 
 
@@ -120,11 +152,12 @@ def ended_status(pod: Manifest, ended: Ended, *, message: str) -> dict[str, Any]
 
 def vanished_status(pod: Manifest, *, now: datetime) -> dict[str, Any]:
     """Return the status of a pod whose container runtime was killed: nobody knows its exit code."""
+    (container,) = pod["status"]["containerStatuses"]
     terminated = {
         "exitCode": _KILLED,
         "reason": "ContainerStatusUnknown",
         "message": "the process that watched over the container was killed",
-        "startedAt": pod["status"].get("startTime", pod["metadata"]["creationTimestamp"]),
+        "startedAt": container["state"]["running"]["startedAt"],
         "finishedAt": format_time(now),
     }
     return _terminated_status(pod, terminated, now=now)
@@ -147,6 +180,15 @@ def lost_status(pod: Manifest, *, now: datetime) -> dict[str, Any]:
 
 
 def _terminated_status(pod: Manifest, terminated: dict[str, Any], *, now: datetime) -> dict[str, Any]:
+    if is_restarted(pod):
+        name = pod["spec"]["containers"][0]["name"]
+        waiting = {"reason": "CrashLoopBackOff", "message": f"back-off restarting failed container {name}"}
+        again = _container(pod, ready=False, state={"waiting": waiting})
+        return {
+            **pod["status"],
+            "conditions": _ready_conditions(pod, "False", now=now),
+            "containerStatuses": [{**again, "lastState": {"terminated": terminated}}],
+        }
     return {
         **pod["status"],
         "phase": "Succeeded" if terminated["exitCode"] == 0 else "Failed",
@@ -157,14 +199,16 @@ def _terminated_status(pod: Manifest, terminated: dict[str, Any], *, now: dateti
 
 def _container(pod: Manifest, *, ready: bool, state: dict[str, Any]) -> dict[str, Any]:
     container = pod["spec"]["containers"][0]
+    before: dict[str, Any] = next(iter(pod["status"].get("containerStatuses", ())), {})
     return {
         "name": container["name"],
         "image": container.get("image", ""),
         "imageID": "",
         "ready": ready,
-        "started": ready,
-        "restartCount": 0,
+        "started": "running" in state,
+        "restartCount": before.get("restartCount", 0),
         "state": state,
+        **({"lastState": before["lastState"]} if "lastState" in before else {}),
     }
 
 

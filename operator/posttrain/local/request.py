@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from posttrain.api.loader import Document
@@ -17,9 +18,12 @@ from posttrain.api.validate import parse_training_run
 from posttrain.errors import InvalidResource, Problem, UserError
 from posttrain.files import add_lines, assign_to_runs, find_runs, name_of, read_documents
 from posttrain.local.machine import Machine, local_settings
+from posttrain.local.needs import find_gpu_problems, needed_environments
 from posttrain.local.preflight import Given, find_local_problems, read_code, read_secrets, resolve_paths
 from posttrain.local.references import find_reference_problems
 from posttrain.plan.checks import find_spec_problems
+from posttrain.plan.training_run import preview_training_run
+from posttrain.plan.types import Manifest
 from posttrain.settings import Settings
 
 _FOLDER_MARK = ".."
@@ -60,6 +64,8 @@ class Request:
     config_maps: Mapping[str, Mapping[str, str]]
     """ConfigMaps of the file, and the run's own code under its path."""
     secrets: Mapping[str, Mapping[str, str]]
+    environments: tuple[str, ...]
+    """The environments that its pods run in."""
 
 
 def load_requests(options: Options, *, machine: Machine, state_root: Path) -> tuple[Request, ...]:
@@ -79,7 +85,7 @@ def load_requests(options: Options, *, machine: Machine, state_root: Path) -> tu
         secrets=options.secrets,
         config_maps=_config_maps(documents),
     )
-    runs: list[tuple[TrainingRun, Settings]] = []
+    runs: list[tuple[TrainingRun, Settings, tuple[Manifest, ...]]] = []
     problems: list[Problem] = []
     for document, data in zip(found, changed, strict=True):
         resolved = resolve_paths(data, folder=options.file.absolute().parent)
@@ -95,8 +101,12 @@ def load_requests(options: Options, *, machine: Machine, state_root: Path) -> tu
             *find_local_problems(run.spec, machine=machine, given=given),
             *find_reference_problems(run.spec, state_root=state_root, beside=names),
         ]
+        # Only of a spec without problems it is known what it becomes.
+        objects = () if seen else preview_training_run(run, now=datetime.now(UTC), settings=settings)
+        resource = settings.profiles[settings.default_profile].gpu_resource
+        seen += find_gpu_problems(objects, machine=machine, resource=resource)
         problems += add_lines(seen, document=document)
-        runs.append((run, settings))
+        runs.append((run, settings, objects))
     if problems:
         raise InvalidResource(tuple(problems), origin=str(options.file))
     secrets = read_secrets(options.secrets)
@@ -107,8 +117,9 @@ def load_requests(options: Options, *, machine: Machine, state_root: Path) -> tu
             claims=given.claims,
             config_maps={**given.config_maps, **_own_code(run)},
             secrets=secrets,
+            environments=needed_environments(objects, images=settings.images),
         )
-        for run, settings in runs
+        for run, settings, objects in runs
     ]
     return tuple(_in_order(requests))
 

@@ -25,6 +25,7 @@ from posttrain.local.environments import ensure_environment
 from posttrain.local.interrupts import Interrupts
 from posttrain.local.leftovers import end_leftovers
 from posttrain.local.machine import Machine, observe_machine
+from posttrain.local.needs import environments_by_image
 from posttrain.local.packages import link_packages, point
 from posttrain.local.pod_process import Site
 from posttrain.local.references import observe_referenced
@@ -40,7 +41,6 @@ from posttrain.plan.types import Plan
 from posttrain.settings import Settings
 
 EXIT_INTERRUPTED = 130
-_IMAGE = "trainer"
 _LONGEST_WAIT_SECONDS = 60.0
 _KILL_SECONDS = 15.0
 
@@ -97,8 +97,7 @@ def _run(request: Request, *, options: Options, machine: Machine, state_root: Pa
             stored = _resume(folder, request.run)
             if stored is not None and is_true(stored.status.conditions, FINISHED):
                 return _show_finished(stored, folder=folder, view=view)
-            view.stage(f"looking for the environment of the image {_IMAGE}")
-            interpreter = ensure_environment(_IMAGE, cache=cache, report=view.stage)
+            interpreters = _ensure_environments(request, cache=cache, view=view)
             interrupts.deferred = True
             store = RunStore(folder, accept_run(request.run, stored=stored, now=_now()))
             _link(folder, run=store.run, claims=claims)
@@ -106,7 +105,7 @@ def _run(request: Request, *, options: Options, machine: Machine, state_root: Pa
                 cluster = LocalCluster(
                     folder,
                     store=store,
-                    site=_site(request, folder=folder, machine=machine, interpreter=interpreter, server=server),
+                    site=_site(request, folder=folder, machine=machine, interpreters=interpreters, server=server),
                     claims=claims,
                     config_maps=request.config_maps,
                     runs=referenced.runs,
@@ -169,10 +168,27 @@ def exit_code(status: TrainingRunStatus) -> int:
     return ExitCode.INVALID if refused or of_the_user else ExitCode.FAILED
 
 
-def _site(request: Request, *, folder: RunFolder, machine: Machine, interpreter: Path, server: ProgressServer) -> Site:
+def _ensure_environments(request: Request, *, cache: Path, view: View) -> dict[str, Path]:
+    """Return the interpreters that the run's pods start, by the repository of their image."""
+    interpreters = {}
+    for image, name in environments_by_image(request.settings.images).items():
+        if name in request.environments:
+            view.stage(f"looking for the environment of the image {name}")
+            interpreters[image] = ensure_environment(name, cache=cache, report=view.stage)
+    return interpreters
+
+
+def _site(
+    request: Request,
+    *,
+    folder: RunFolder,
+    machine: Machine,
+    interpreters: Mapping[str, Path],
+    server: ProgressServer,
+) -> Site:
     profile = request.settings.profiles[request.settings.default_profile]
     return Site(
-        interpreter=interpreter,
+        interpreters=interpreters,
         packages=folder.packages,
         machine=dict(os.environ),
         planned_server=request.settings.progress_server.url,

@@ -92,6 +92,10 @@ class RunFolder:
         """Locked while the run is executed."""
         return self.path / "lock"
 
+    def object_file(self, kind: str, name: str) -> Path:
+        """Return the file of one of the run's children."""
+        return self.objects / f"{kind}-{name}.json"
+
     def log_file(self, pod: str) -> Path:
         """Return the file with both outputs of a pod's container."""
         return self.logs / f"{pod}.log"
@@ -220,9 +224,14 @@ def _flatten(value: Any, *, path: str) -> dict[str, Any]:
     return {path: value}
 
 
-def write_atomically(file: Path, text: str, *, durable: bool = True) -> None:
-    """Replace a file: a reader, and a crash, finds the old text or the new one. `durable`: a power cut too."""
+def write_atomically(file: Path, text: str, *, durable: bool = True, private: bool = False) -> None:
+    """Replace a file: a reader, and a crash, finds the old text or the new one. `durable`: a power cut too.
+
+    `private`: nobody but this user may read it.
+    """
     temporary = file.with_name(f".{file.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.touch(mode=0o600 if private else 0o666)
     with temporary.open("w") as handle:
         handle.write(text)
         if durable:

@@ -22,7 +22,7 @@ def make_volumes(
     folder: Path,
     claim: Callable[[str], Path],
     config_map: Callable[[str], Manifest],
-    token: str,
+    token: str | None,
 ) -> dict[str, Path]:
     """Make a pod's volumes below `folder`, and return what lies where each mountPath of its container points to."""
     container = pod["spec"]["containers"][0]
@@ -36,6 +36,7 @@ def make_volumes(
         elif "configMap" in volume:
             _project(volume["configMap"], config_map(volume["configMap"]["name"]), place=place)
         elif "projected" in volume:
+            assert token is not None, "only pods of an attempt report"
             _project_access(volume["projected"], token=token, place=place)
         elif "emptyDir" in volume:
             place.mkdir(parents=True)

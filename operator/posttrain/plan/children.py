@@ -148,7 +148,7 @@ def _config(situation: Situation, *, attempt: int) -> TrainingConfig:
     resources = spec.resources
     memory = profile.gpu_memory if resources.gpus_per_node else None
     return TrainingConfig(
-        run=RunIdentity(kind=run.kind, namespace=run.metadata.namespace, name=situation.name),
+        run=RunIdentity(kind=run.kind, namespace=run.metadata.namespace, name=situation.name, uid=run.metadata.uid),
         attempt=attempt,
         method=spec.method,
         config_hash=situation.config_hash,

@@ -44,6 +44,7 @@ from posttrain.api.training_run_status import TrainingRunStatus
 
 KIND: Literal["TrainingRun"] = "TrainingRun"
 Method = Literal["sft", "grpo"]
+ImageName = Literal["trainer", "vllm"]
 PLURAL = "trainingruns"
 
 NAME_RULE = (
@@ -321,6 +322,11 @@ class TrainingRunSpec(ApiModel):
         training = self.sft or self.grpo
         assert training is not None  # by the first of the rules
         return training
+
+    @property
+    def image_name(self) -> ImageName:
+        """Which of posttrain's images the run's pods need."""
+        return "vllm" if self.grpo is not None and self.grpo.rollout.mode != "Transformers" else "trainer"
 
 
 class Metadata(StatusModel):

@@ -49,7 +49,7 @@ from posttrain.settings import Settings, load_settings
 _CERTIFICATE_FOLDER = Path("/etc/posttrain-operator/tls")
 _IDENTITY = "posttrain"
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_KOPF_PAGE = 50
+_KOPF_PAGE = 40
 _KOPF_IDLE_SECONDS = 0.1
 _RESTART_SECONDS = 1.0
 _RESTART_MAX_SECONDS = 30.0

@@ -39,7 +39,7 @@ REQUEST_SECONDS = 15.0
 _CONNECT_SECONDS = 5.0
 _WATCH_SECONDS = 290
 """After which the server ends a watch by itself; the next one goes on from the last version."""
-_PAGE = 50
+_PAGE = 40
 """Objects of a kind that are in memory at once while all are listed: beside the cache's, each takes fifty kilobytes."""
 _BUFFER_BYTES = 2**21
 """Of a connection, where an answer waits to be read: the events of a watch come in bursts."""

@@ -97,6 +97,12 @@ class Situation:
         overrides = self.run.spec.pod_overrides
         return pinned or (overrides.image if overrides else None) or self.settings.images.trainer
 
+    @property
+    def sandbox_image(self) -> str:
+        """The image of the run's sandbox: as pinned, else the settings'."""
+        pinned = (self.provenance.image_digests or {}).get("sandbox")
+        return pinned or self.settings.images.sandbox
+
     @cached_property
     def referenced_run(self) -> RunState | None:
         """The run whose model this one starts from, as far as it is there."""

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from tests.cluster.cluster import TestCluster  # noqa: E402 - the tests' packages lie beside this folder
 from tests.cluster.components import KUBERNETES, program  # noqa: E402
 from tests.cluster.processes import poll  # noqa: E402
-from tests.support.cluster_runs import ClusterRun  # noqa: E402
+from tests.support.cluster_runs import ClusterRun, tiny  # noqa: E402
 from tests.support.processes import main_process  # noqa: E402
 from tests.support.release import Release, add_storage, start_node  # noqa: E402
 from tests.workloads.conftest import ensure_quickstart_inputs, ensure_tiny_model  # noqa: E402
@@ -235,23 +235,9 @@ def storage(cluster: TestCluster) -> Path:
 
 def build_fields() -> dict[str, Any]:
     """Return the fields of a run of two pods that goes on until it is deleted."""
-    args = {
-        "max_steps": 600,
-        "per_device_train_batch_size": 2,
-        "max_length": 64,
-        "bf16": False,
-        "activation_checkpointing": False,
-    }
-    return {
-        "model": {"source": "pvc://inputs/model", "dtype": "float32"},
-        "datasets": [{"source": "pvc://inputs/train.jsonl"}],
-        "sft": {"args": args},
-        "resources": {"numNodes": 2, "gpusPerNode": 0},
-        "prepare": {"enabled": True},
-        "checkpoints": {"storage": {"claimName": "shared"}, "everySteps": 3},
-        "code": {"configMapName": "stamp"},
-        "callbacks": [{"function": "stamp:Stamp"}],
-    }
+    fields = tiny(code={"configMapName": "stamp"}, callbacks=[{"function": "stamp:Stamp"}])
+    fields["sft"]["args"]["max_steps"] = 600
+    return fields
 
 
 def take_pattern(cluster: TestCluster) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ def _columns() -> list[dict[str, Any]]:
     summary = '.status.conditions[?(@.type=="Succeeded")]'
     return [
         _column("METHOD", "string", ".status.method", "How the model is trained."),
-        _column("MODEL", "string", ".spec.model.source", "The model the run starts from."),
+        _column("MODEL", "string", ".spec.model['source','runRef']", "The model, or the run, that it starts from."),
         _column("STATE", "string", ".status.stage", "Where the run is."),
         _column("PROGRESS", "integer", ".status.progress.percentage", "Percentage of the steps."),
         _column("STEP", "integer", ".status.progress.step", "Optimizer steps so far."),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.cluster.cluster import TestCluster
-from tests.support.cluster_runs import ClusterRun, reasons
+from tests.support.cluster_runs import ClusterRun, reasons, tiny
 from tests.support.release import Release, add_storage
 
 pytestmark = pytest.mark.e2e
@@ -24,27 +23,6 @@ def run(release: Release, node_cluster: TestCluster, node_namespace: str, tiny_m
     add_storage(node_cluster, node_namespace, "inputs", copies=copies)
     add_storage(node_cluster, node_namespace, "shared")
     return ClusterRun(node_cluster, node_namespace)
-
-
-def tiny(**changes: Any) -> dict[str, Any]:
-    """Return fields of a spec that trains the tiny model for a few steps, in two pods."""
-    args = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "max_length": 64,
-        "logging_steps": 1,
-        "bf16": False,
-        "activation_checkpointing": False,
-    }
-    return {
-        "model": {"source": "pvc://inputs/model", "dtype": "float32"},
-        "datasets": [{"source": "pvc://inputs/train.jsonl"}],
-        "sft": {"args": args},
-        "resources": {"numNodes": 2, "gpusPerNode": 0},
-        "prepare": {"enabled": True},
-        "checkpoints": {"storage": {"claimName": "shared"}, "everySteps": 3},
-        **changes,
-    }
 
 
 def test_a_model_is_trained_by_two_pods_and_lies_on_the_claim(run: ClusterRun) -> None:

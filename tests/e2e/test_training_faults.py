@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.cluster.images import REGISTRY
-from tests.e2e.test_training import START_SECONDS, run, tiny
-from tests.support.cluster_runs import ClusterRun, message_of, reasons
+from tests.e2e.test_training import START_SECONDS, run
+from tests.support.cluster_runs import ClusterRun, message_of, reasons, tiny
 from tests.support.processes import main_process
 from tests.support.release import NAMESPACE, PROFILE, Release
 

@@ -181,6 +181,7 @@ def test_a_run_waits_for_the_one_whose_model_it_starts_from(run: ClusterRun) -> 
     following.apply(model={"runRef": {"name": run.name}})
     waiting = following.await_status(lambda s: reasons(s)["Accepted"] == ("False", "ReferencePending"), what="the wait")
     assert message_of(waiting, "Accepted") == "waiting for the model of run demo: there is no such run"
+    assert '{"name":"demo"}' in following.kubectl("get", "trun", following.name)
     run.apply()
     run.await_running()
     following.await_status(lambda s: "which is Starting" in message_of(s, "Accepted"), what="the wait")

@@ -125,6 +125,27 @@ class ClusterRun:
         return [(event["type"], event["reason"]) for event in items]
 
 
+def tiny(**changes: Any) -> dict[str, Any]:
+    """Return fields of a spec that trains the tiny model for a few steps, in two pods."""
+    args = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "max_length": 64,
+        "logging_steps": 1,
+        "bf16": False,
+        "activation_checkpointing": False,
+    }
+    return {
+        "model": {"source": "pvc://inputs/model", "dtype": "float32"},
+        "datasets": [{"source": "pvc://inputs/train.jsonl"}],
+        "sft": {"args": args},
+        "resources": {"numNodes": 2, "gpusPerNode": 0},
+        "prepare": {"enabled": True},
+        "checkpoints": {"storage": {"claimName": "shared"}, "everySteps": 3},
+        **changes,
+    }
+
+
 def reasons(status: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Return status and reason of every condition by its type."""
     return {c["type"]: (c["status"], c["reason"]) for c in status.get("conditions") or ()}

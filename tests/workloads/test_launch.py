@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -114,12 +113,10 @@ def test_told_to_stop_before_the_first_step_it_ends_at_once(
     pod = build_pod(tmp_path, build_config(model=tiny_model, rows=rows), python=trainer_python).start()
     assert pod.process is not None
     pod.wait_until((pod.folder / "runtime" / "log-0").exists, what="the start")
-    started = time.monotonic()
     pod.process.terminate()
     assert pod.wait() == 143
-    assert time.monotonic() - started < 10
     assert pod.result().reason == "Terminated"
-    assert pod.bodies("FirstError") == []
+    assert pod.bodies("Started") == pod.bodies("FirstError") == []
 
 
 @pytest.mark.workloads

@@ -31,7 +31,10 @@ def rfc3339(time: datetime) -> str:
 
 
 def build_spec(**changes: Any) -> dict[str, Any]:
-    """Return a valid spec as JSON data: two small claims' worth of CPU training; `changes` replace whole fields."""
+    """Return a valid spec as JSON data: two small claims' worth of CPU training; `changes` replace whole fields.
+
+    None leaves a field out.
+    """
     spec: dict[str, Any] = {
         "model": {"source": "pvc://inputs/model"},
         "datasets": [{"source": "pvc://inputs/train.jsonl"}],
@@ -39,7 +42,7 @@ def build_spec(**changes: Any) -> dict[str, Any]:
         "resources": {"gpusPerNode": 0, "cpu": "2", "memory": "4Gi"},
         "checkpoints": {"storage": {"size": "10Gi"}, "everySteps": 5},
     }
-    return {**spec, **changes}
+    return {name: value for name, value in {**spec, **changes}.items() if value is not None}
 
 
 def build_run(

@@ -30,18 +30,18 @@ class ClusterRun:
 
     def apply(self, **changes: Any) -> None:
         """Make the run: two nodes with a GPU each, no prepare, the claim `shared`; `changes` replace fields of it."""
-        spec = build_spec(
-            resources={"numNodes": 2, "gpusPerNode": 1},
-            prepare={"enabled": False},
-            checkpoints={"storage": {"claimName": "shared"}, "everySteps": 5},
-        )
+        fields = {
+            "resources": {"numNodes": 2, "gpusPerNode": 1},
+            "prepare": {"enabled": False},
+            "checkpoints": {"storage": {"claimName": "shared"}, "everySteps": 5},
+        }
         self.cluster.apply(
             [
                 {
                     "apiVersion": "posttrain.dev/v1alpha1",
                     "kind": "TrainingRun",
                     "metadata": {"name": self.name, "namespace": self.namespace},
-                    "spec": {**spec, **changes},
+                    "spec": build_spec(**{**fields, **changes}),
                 }
             ]
         )

@@ -72,7 +72,7 @@ _DROPPED_OF: Mapping[Method, Mapping[str, str]] = {
         "parallel_code_exec_per_proc": "spec.grpo.sandbox.concurrency says how many programs run at the same time",
     },
 }
-_VLLM = "completions come from the trainer's own model, by transformers: rollouts by vLLM are not supported yet"
+_NO_VLLM = "use_vllm is not set, so completions come from the trainer's own model"
 
 # What TRL 0.18, the release that open-r1's recipes were last written for, did where a recipe says nothing.
 _FORMER_DEFAULTS = {"beta": 0.04, "loss_type": "bnpo", "use_bias_correction_kl": False}
@@ -105,6 +105,7 @@ def convert_recipe(
     # An empty key is one that is not set, but for arguments whose default is something: max_length without a limit.
     recipe = Recipe(rest={key: value for key, value in data.items() if value is not None or _says_none(key, table)})
     tracking = _tracking(recipe)
+    rollout = _rollout(recipe)
     spec: dict[str, Any] = {
         "model": _model(recipe),
         **_data(recipe),
@@ -116,7 +117,8 @@ def convert_recipe(
         "tracking": tracking,
         method: {
             **({"rewards": take_rewards(recipe)} if method == "grpo" else {}),
-            "args": _args(recipe, table, method=method),
+            **rollout,
+            "args": _args(recipe, table, method=method, uses_vllm=bool(rollout)),
         },
     }
     if accelerate is None and gpus is None:
@@ -284,6 +286,19 @@ def _prompts(recipe: Recipe) -> dict[str, Any]:
     return {"promptColumn": recipe.take("dataset_prompt_column"), "systemPrompt": recipe.take("system_prompt")}
 
 
+def _rollout(recipe: Recipe) -> dict[str, Any]:
+    """Return where completions come from; open-r1 had vLLM on GPUs or a node of its own where nothing else was said."""
+    mode = recipe.take("vllm_mode")
+    if not recipe.take("use_vllm"):
+        return {}
+    if mode != "colocate":
+        recipe.notes.append(
+            "use_vllm: the recipe's vLLM is a server of its own, and here it is inside the trainer "
+            "(spec.grpo.rollout.mode: Colocate), on the same GPUs"
+        )
+    return {"rollout": {"mode": "Colocate"}}
+
+
 # --- Checkpoints and trackers -----------------------------------------------------------------------------------------
 
 
@@ -332,12 +347,12 @@ def _tracking(recipe: Recipe) -> dict[str, Any]:
 # --- Everything else --------------------------------------------------------------------------------------------------
 
 
-def _args(recipe: Recipe, table: ArgsTable, *, method: Method) -> dict[str, Any]:
+def _args(recipe: Recipe, table: ArgsTable, *, method: Method, uses_vllm: bool) -> dict[str, Any]:
     """Return the rest of the recipe as arguments of TRL's class, and drop what is none."""
     args: dict[str, Any] = {}
     for key, value in list(recipe.rest.items()):
         name = _RENAMED.get(key, key)
-        why = _why_dropped(key, name, table, method=method)
+        why = _why_dropped(key, name, table, method=method, uses_vllm=uses_vllm)
         written = _in_words(name, value)
         if why is None:
             problems = check_args({name: written}, table, path=".".join(args_path(method)))
@@ -367,13 +382,13 @@ def _in_words(name: str, value: Any) -> Any:
     return value
 
 
-def _why_dropped(key: str, name: str, table: ArgsTable, *, method: Method) -> str | None:
+def _why_dropped(key: str, name: str, table: ArgsTable, *, method: Method, uses_vllm: bool) -> str | None:
     """Return why a key becomes nothing; None for a key that TRL's class takes from a user."""
     dropped = {**_DROPPED, **_DROPPED_OF[method]}
     if key in dropped:
         return dropped[key]
-    if key == "use_vllm" or key.startswith("vllm_"):
-        return _VLLM
+    if key.startswith("vllm_") and not uses_vllm:
+        return _NO_VLLM
     if re.match(r"(hub_|push_to_hub|overwrite_hub)", key) or key == "callbacks":
         return _HUB if key != "callbacks" else f"open-r1's only callback, push_to_hub_revision, publishes: {_HUB}"
     row = table.keys.get(name)

@@ -76,6 +76,8 @@ class Images(SettingsModel):
 
     trainer: str = "ghcr.io/posttrain/trainer:0.1.0"
     """What prepares and trains; a run keeps the one that it began with."""
+    vllm: str = "ghcr.io/posttrain/vllm:0.1.0"
+    """The same for runs whose completions come from vLLM."""
     sandbox: str = "ghcr.io/posttrain/sandbox:0.1.0"
     """What runs programs out of completions; a run keeps the one that it began with."""
 

@@ -399,6 +399,7 @@ def test_a_whole_grpo_recipe() -> None:
         "parallelism": {"strategy": "ZeRO3"},
         "resources": {"numNodes": 1, "gpusPerNode": 8},
         "grpo": {
+            "rollout": {"mode": "Colocate"},
             "rewards": [
                 {"name": "accuracy"},
                 {
@@ -430,21 +431,41 @@ def test_a_whole_grpo_recipe() -> None:
                 "use_bias_correction_kl": False,
                 "log_unique_prompts": True,
                 "num_completions_to_print": 2,
+                "vllm_gpu_memory_utilization": 0.7,
             },
         },
     }
     dropped = dict(conversion.dropped)
     assert dropped.keys() == {
-        "code_eval_test_batch_size", "code_provider", "parallel_code_exec_per_proc", "max_prompt_length", "use_vllm",
-        "vllm_device", "vllm_gpu_memory_utilization", "reference",
+        "code_eval_test_batch_size", "code_provider", "parallel_code_exec_per_proc", "max_prompt_length",
+        "vllm_device", "reference",
     }  # fmt: skip
     assert "ioi_code or cf_code, which reward_funcs does not name" in dropped["code_eval_test_batch_size"]
     assert "posttrain's own sandbox" in dropped["code_provider"]
     assert "never cut" in dropped["max_prompt_length"]
-    assert "by transformers" in dropped["use_vllm"]
-    assert dropped["vllm_device"] == dropped["use_vllm"]
+    assert "GRPOConfig (TRL" in dropped["vllm_device"]
     assert "GRPOConfig (TRL" in dropped["reference"]
-    assert conversion.notes == ("wandb_log_unique_prompts is called log_unique_prompts now",)
+    assert conversion.notes == (
+        "use_vllm: the recipe's vLLM is a server of its own, and here it is inside the trainer "
+        "(spec.grpo.rollout.mode: Colocate), on the same GPUs",
+        "wandb_log_unique_prompts is called log_unique_prompts now",
+    )
+
+
+def test_a_recipe_without_vllm_keeps_nothing_of_it() -> None:
+    recipe = {
+        "model_name_or_path": "org/model",
+        "dataset_name": "org/problems",
+        "reward_funcs": ["accuracy"],
+        "use_vllm": False,
+        "vllm_gpu_memory_utilization": 0.7,
+    }
+    conversion = convert_recipe(recipe, name="plain")
+
+    assert conversion.resource["spec"]["grpo"] == {"rewards": [{"name": "accuracy"}], "args": {}}
+    assert conversion.dropped == (
+        ("vllm_gpu_memory_utilization", "use_vllm is not set, so completions come from the trainer's own model"),
+    )
 
 
 def test_every_parameter_of_a_reward_has_its_key_in_a_recipe() -> None:

@@ -215,6 +215,15 @@ def test_logits_come_in_tiles_unless_all_are_needed_at_once() -> None:
     assert long == 4096 * 32768 * 2 + 2_000_000 * 100 * 4 + 1000 * 100 * 4
 
 
+def test_an_engine_takes_its_share_all_the_time_or_while_it_generates() -> None:
+    training = estimate(BASE).total
+    assert estimate(replace(BASE, engine=GIB)).total == training + GIB
+    assert estimate(replace(BASE, engine=1000, engine_sleeps=True)).parts == estimate(BASE).parts
+    sleeping = estimate(replace(BASE, engine=40 * GIB, engine_sleeps=True))
+    assert (sleeping.parts["gradients"], sleeping.parts["vLLM"]) == (0, 40 * GIB)
+    assert "activations" not in sleeping.parts
+
+
 def test_an_optimizer_that_is_not_known_counts_as_adam() -> None:
     assert optimizer_bytes("schedule_free_adamw", element=4) == 8
     assert optimizer_bytes("lion_32bit", element=2) == 4

@@ -90,9 +90,8 @@ def test_an_example_for_a_cluster_is_accepted_and_planned_to_its_gang(path: Path
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_image_has_every_package_that_an_example_implies(path: Path) -> None:
     run = load(path)
-    locked = set(
-        re.findall(r"^([A-Za-z0-9._-]+)==", (ROOT / "images/trainer/requirements.txt").read_text(), re.MULTILINE)
-    )
+    lock = ROOT / "images" / run.spec.image_name / "requirements.txt"
+    locked = set(re.findall(r"^([A-Za-z0-9._-]+)==", lock.read_text(), re.MULTILINE))
 
     needed = {package.distribution for package in implied_packages(run.spec, run.spec.training.args)}
 

@@ -55,6 +55,7 @@ def test_sft_and_grpo_exclude_each_other_and_one_is_needed() -> None:
         parse_training_run(both_missing)
 
 
+COLOCATE = {"mode": "Colocate"}
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"rewards": []}, "spec.grpo.rewards", "is empty: at least 1 is needed"),
     ({"rewards": [{"name": "acuracy"}]}, "spec.grpo.rewards[0].name", "did you mean accuracy?"),
@@ -74,7 +75,32 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"sandbox": {"mode": "Piston"}}, "spec.grpo.sandbox.endpoints", "mode Piston needs the addresses of its servers"),
     ({"sandbox": {"endpoints": ["http://piston:2000"]}}, "spec.grpo.sandbox.endpoints", "and mode Local has none"),
     ({"sandbox": {"mode": "E2B"}}, "spec.grpo.sandbox.mode", 'must be one of Local or Piston, not the string "E2B"'),
-    ({"rollout": {"mode": "Server"}}, "spec.grpo.rollout.mode", 'must be Transformers, not the string "Server"'),
+    ({"rollout": {"mode": "colocate"}}, "spec.grpo.rollout.mode", "did you mean Colocate?"),
+    (
+        {"args": {"vllm_importance_sampling_correction": False}},
+        "spec.grpo.args.vllm_importance_sampling_correction",
+        "this run's are by transformers: write spec.grpo.rollout.mode: Colocate, or leave the key out",
+    ),
+    (
+        {"rollout": COLOCATE, "args": {"cache_implementation": "static"}},
+        "spec.grpo.args.cache_implementation",
+        "this run's are by vLLM: leave it out",
+    ),
+    (
+        {"rollout": COLOCATE, "args": {"loss_type": "vespo"}},
+        "spec.grpo.args.vllm_importance_sampling_mode",
+        "write vllm_importance_sampling_mode: token_truncate or token_mask",
+    ),
+    (
+        {"rollout": COLOCATE, "args": {"vllm_tensor_parallel_size": 2}},
+        "spec.grpo.args.vllm_tensor_parallel_size",
+        "2 does not divide the 1 ranks",
+    ),
+    (
+        {"rollout": COLOCATE, "args": {"vllm_gpu_memory_utilization": 30}},
+        "spec.grpo.args.vllm_gpu_memory_utilization",
+        "write a number above 0, and at most 1",
+    ),
     ({"args": {"max_length": 5}}, "spec.grpo.args.max_length", "a prompt is never cut"),
     ({"args": {"loss_type": "grop"}}, "spec.grpo.args.loss_type", 'did you mean "grpo"?'),
     ({"args": {"use_vllm": True}}, "spec.grpo.args.use_vllm", "it follows from spec.grpo.rollout"),
@@ -93,6 +119,46 @@ def test_one_mistake_is_named_with_its_place_and_its_remedy(grpo: dict[str, Any]
     found = problems_of(grpo=grpo)
     assert list(found) == [path]
     assert said in found[path]
+
+
+BAD_WITH_VLLM: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    ({"model": {"source": "org/model", "config": {"rope_theta": 1e6}}}, {}, "spec.model.config", "its own config.json"),
+    ({"peft": {"method": "QLoRA"}}, {}, "spec.peft.method", "write LoRA"),
+    (
+        {"resources": {"gpusPerNode": 0, "processesPerNode": 2}},
+        {"vllm_tensor_parallel_size": 2},
+        "spec.grpo.args.vllm_tensor_parallel_size",
+        "spec.resources.gpusPerNode is 0: leave it out",
+    ),
+    (
+        {"resources": {"gpusPerNode": 0}},
+        {"vllm_enable_sleep_mode": True},
+        "spec.grpo.args.vllm_enable_sleep_mode",
+        "spec.resources.gpusPerNode is 0: leave it out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "args", "path", "said"), BAD_WITH_VLLM, ids=[path for *_, path, _ in BAD_WITH_VLLM])
+def test_what_vllm_cannot_do_for_a_run_is_refused_with_what_can(
+    spec: dict[str, Any], args: dict[str, Any], path: str, said: str
+) -> None:
+    found = problems_of(grpo={"rollout": COLOCATE, "args": args}, **spec)
+    assert list(found) == [path]
+    assert said in found[path]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "image"), [({}, "trainer"), ({"mode": "Transformers"}, "trainer"), (COLOCATE, "vllm")]
+)
+def test_a_run_whose_completions_come_from_vllm_is_planned_with_its_image(rollout: dict[str, Any], image: str) -> None:
+    run = parse_training_run(build_resource(grpo={"rollout": rollout}))
+    settings = Settings()
+    objects = {manifest["kind"]: manifest for manifest in preview_training_run(run, now=T0, settings=settings)}
+    trainer = objects["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
+    prepare = objects["Job"]["spec"]["template"]["spec"]["containers"][0]
+    wanted = settings.images.vllm if image == "vllm" else settings.images.trainer
+    assert (trainer["image"], prepare["image"]) == (wanted, wanted)
 
 
 def test_a_reward_that_compares_completions_needs_whole_groups_on_a_rank() -> None:

@@ -57,6 +57,12 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         )),
         case("long", rows=long),
         case("nearly long", args={"max_completion_length": 500}),
+        case("vllm elsewhere", grpo={"rollout": {"mode": "Colocate"}}, args={"vllm_max_model_length": 20}),
+        case(
+            "unseen weights",
+            grpo={"rollout": {"mode": "Colocate"}},
+            args={"vllm_importance_sampling_correction": False},
+        ),
         case("few rows", args={"per_device_train_batch_size": 32}),
         case("does not import", {"function": "broken_rewards:score"}),
         case(
@@ -108,6 +114,8 @@ BAD = [
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 3 completions"),
     ("a server that is none", "SandboxUnreachable", "the sandbox http://127.0.0.1:9/api/v2 does not answer as Piston"),
     ("a server that is none", "DatasetColumnMissing", "reward code reads the column verification_info"),
+    ("vllm elsewhere", "PackageMissing", "spec.grpo.rollout.mode: Colocate needs the package vllm, which is not inst"),
+    ("vllm elsewhere", "ConfigInvalid", "spec.grpo.args.vllm_max_model_length: 20 tokens are fewer than the longest p"),
     ("reference", "ConfigInvalid", "the reference model is loaded without the overrides of spec.model.config"),
 ]  # fmt: skip
 
@@ -122,3 +130,7 @@ def test_a_problem_is_named_with_its_reason_and_its_remedy(
 def test_a_completion_that_may_outgrow_the_model_is_a_warning(found: dict[str, Any]) -> None:
     assert found["nearly long"]["problems"] == []
     assert "max_completion_length 500 are together more than the 512 tokens" in found["nearly long"]["warnings"][0]
+
+
+def test_a_run_in_which_nobody_sees_stale_weights_is_warned_of(found: dict[str, Any]) -> None:
+    assert "if vLLM generates with other weights, it is not noticed" in found["unseen weights"]["warnings"][0]

@@ -7,101 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from posttrain.api.loader import dump_document
-from posttrain.api.training_run import TrainingRun
-from posttrain.contract.facts import FACT, Fact
-from posttrain.local.state import RunFolder
 from tests.support.processes import wait_for
+from tests.workloads._command import POSTTRAIN, WAIT_SECONDS, Command
 from tests.workloads._configs import ARGS, GRPO_ARGS
 
 pytestmark = pytest.mark.workloads
-
-POSTTRAIN = Path(sys.executable).with_name("posttrain")
-WAIT_SECONDS = 240.0
-
-
-@dataclass
-class Command:
-    """`posttrain run` on one file, in a folder of its own."""
-
-    folder: Path
-    spec: dict[str, Any]
-    process: subprocess.Popen[str] | None = None
-
-    @property
-    def run_folder(self) -> RunFolder:
-        return RunFolder(self.folder / ".posttrain" / "tiny")
-
-    def write(self) -> None:
-        resource = {
-            "apiVersion": "posttrain.dev/v1alpha1",
-            "kind": "TrainingRun",
-            "metadata": {"name": "tiny"},
-            "spec": self.spec,
-        }
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / "run.yaml").write_text(dump_document(resource))
-
-    def start(self, *arguments: str) -> Command:
-        self.write()
-        environment = {name: value for name, value in os.environ.items() if name != "POSTTRAIN_STATE"}
-        self.process = subprocess.Popen(
-            [POSTTRAIN, "run", "run.yaml", *arguments],
-            cwd=self.folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        return self
-
-    def wait(self) -> tuple[int, str]:
-        assert self.process is not None
-        try:
-            output, _ = self.process.communicate(timeout=WAIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.terminate()
-            output, _ = self.process.communicate(timeout=WAIT_SECONDS)
-            raise AssertionError(f"it did not end in {WAIT_SECONDS} s:\n{output}\n{self.logs()}") from None
-        return self.process.returncode, output
-
-    def status(self) -> TrainingRun:
-        run = self.run_folder.read_run()
-        assert run is not None
-        return run
-
-    def facts(self) -> list[Fact]:
-        """Return what the run's first node has told."""
-        (file,) = self.run_folder.storage.glob("facts-*.jsonl")
-        return [FACT.validate_json(line) for line in file.open("rb")]
-
-    def logs(self) -> str:
-        return "\n".join(f"{file}:\n{file.read_text()[-3000:]}" for file in sorted(self.run_folder.logs.glob("*.log")))
-
-    def wait_for_checkpoint(self, step: int) -> None:
-        marker = self.run_folder.storage / f"checkpoint-{step}" / ".posttrain-complete.json"
-        wait_for(marker.exists, what=f"checkpoint {step}: {self.run_folder.path}", seconds=WAIT_SECONDS)
-
-    def processes(self, *, rank: int | None = None) -> list[int]:
-        """Return the living processes of its pods, or only those of a rank, which their environment tells."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (process / "environ").read_bytes()
-            except OSError:
-                continue
-            variables = environment.split(b"\0")
-            ours = f"={self.run_folder.pods}/".encode() in environment
-            if ours and (rank is None or (f"RANK={rank}".encode() in variables and b"LOCAL_RANK=" in environment)):
-                found.append(int(process.name))
-        return found
 
 
 @pytest.fixture
@@ -118,10 +32,7 @@ def command(tmp_path: Path, tiny_model: Path, rows: Path):
         },
     )
     yield made
-    if made.process is not None and made.process.poll() is None:
-        made.process.kill()
-        made.process.wait()
-    wait_for(lambda: not made.processes(), what="the end of every process", seconds=60)
+    made.end()
 
 
 def test_a_killed_rank_restarts_the_gang_and_the_status_counts_what_it_cost(command: Command) -> None:

@@ -5,15 +5,22 @@ It owns every use of a library's private names; it must not hold anything that a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.api.training_run import Method
 from posttrain_workloads.completions import Completions
+
+_FORMER_NAMES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
 
 
 def save_logging_state(trainer: Any, folder: Path, *, rank: int, method: Method) -> None:
@@ -108,6 +115,8 @@ def newest_completions(trainer: Any, *, count: int) -> Completions:
         completions=last(kept["completion"]),
         rewards={name: last(values) for name, values in kept["rewards"].items()},
         advantages=last(kept["advantages"]),
+        # An engine inside the trainer gets the weights of the step that begins, where it has not had them yet.
+        weights=[f"step-{trainer._last_loaded_step}"] * count if trainer.use_vllm else None,
     )
 
 
@@ -165,6 +174,22 @@ def hub_transport_error() -> type[Exception]:
 
         error = httpx2.TransportError
     return error
+
+
+def name_args(values: Mapping[str, Any], args_class: Any) -> dict[str, Any]:
+    """Return arguments under the names that TRL's class has for them in this environment.
+
+    The transformers of the vllm image (5.17) has gradient_checkpointing where 5.23 has activation_checkpointing. Goes
+    when vLLM takes a transformers that has the newer name.
+    """
+    known = {field.name for field in dataclasses.fields(args_class)}
+    return {key if key in known else _FORMER_NAMES.get(key, key): value for key, value in values.items()}
+
+
+def recomputes_activations(args: Any) -> bool:
+    """Return whether a backward pass recomputes activations, by whichever name (see `name_args`)."""
+    values = vars(args)
+    return bool(values.get("activation_checkpointing", values.get("gradient_checkpointing")))
 
 
 def keep_plain_weights() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.contract import environment
 from posttrain.contract.config import TrainingConfig
 from posttrain.contract.result import ExitCode
+from posttrain_workloads import _compat
 from posttrain_workloads.runtime import RankFailure
 
 if TYPE_CHECKING:
@@ -42,7 +43,12 @@ def owned_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict[st
     if config.method == "sft" and spec.model.eos_token is not None:
         owned["eos_token"] = spec.model.eos_token  # GRPO takes the tokenizer's
     if spec.grpo is not None:
-        owned |= {"reward_weights": [float(reward.weight) for reward in spec.grpo.rewards], "use_vllm": False}
+        mode = spec.grpo.rollout.mode
+        owned |= {
+            "reward_weights": [float(reward.weight) for reward in spec.grpo.rewards],
+            "use_vllm": mode != "Transformers",
+            **({"vllm_mode": mode.lower()} if mode != "Transformers" else {}),
+        }
     if spec.tracking.project is not None:
         owned["project"] = spec.tracking.project
     return owned
@@ -57,12 +63,12 @@ def training_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict
     return {**defaults, **config.args, **owned_args(config, environ=environ)}
 
 
-def args_class(config: TrainingConfig) -> type[SFTConfig] | type[GRPOConfig]:
-    """Return TRL's class of the method's arguments."""
+def make_args(config: TrainingConfig, values: Mapping[str, Any]) -> SFTConfig | GRPOConfig:
+    """Return TRL's own arguments of the method, with these values; it raises what TRL and transformers raise."""
     from trl import GRPOConfig, SFTConfig
 
-    found: type[SFTConfig] | type[GRPOConfig] = SFTConfig if config.method == "sft" else GRPOConfig
-    return found
+    args_class: type[SFTConfig] | type[GRPOConfig] = SFTConfig if config.method == "sft" else GRPOConfig
+    return args_class(**_compat.name_args(values, args_class))
 
 
 def build_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> SFTConfig | GRPOConfig:
@@ -72,7 +78,7 @@ def build_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> SFTConf
         RankFailure: TRL or transformers refuse a value.
     """
     try:
-        return args_class(config)(**training_args(config, environ=environ))
+        return make_args(config, training_args(config, environ=environ))
     except (ValueError, TypeError) as error:
         raise RankFailure("ConfigInvalid", f"spec.{config.method}.args: {error}", exit_code=ExitCode.INVALID) from error
 

@@ -32,6 +32,8 @@ class Completions:
     rewards: Mapping[str, Sequence[float]]
     """By reward; not a number where it could not score."""
     advantages: Sequence[float]
+    weights: Sequence[str] | None
+    """The version of the weights that vLLM generated each with; None where the trainer's own model did."""
 
 
 def write_completions(completions: Completions, *, storage: Path, step: int) -> None:
@@ -47,6 +49,7 @@ def write_completions(completions: Completions, *, storage: Path, step: int) -> 
             for name, values in completions.rewards.items()
         },
         "advantage": list(completions.advantages[:KEPT]),
+        **({"weights": list(completions.weights[:KEPT])} if completions.weights is not None else {}),
     }
     file = storage / completions_file(step)
     file.parent.mkdir(exist_ok=True)

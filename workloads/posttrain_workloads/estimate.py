@@ -186,7 +186,11 @@ class Setup:
     reference: bool = False
     """A second model is there, of which only the log-probabilities are taken."""
     rollout: int = 0
-    """Completions that one rank generates at a time, with a cache of keys and values."""
+    """Completions that one rank generates at a time, with a cache of keys and values of its own model."""
+    engine: int = 0
+    """Bytes that vLLM takes for itself, weights and cache; 0 without it."""
+    engine_sleeps: bool = False
+    """It has them while it generates, and gives them back for the rest of the step."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +218,11 @@ def estimate(setup: Setup) -> Estimate:
         sharded = setup.strategy in ("ZeRO3", "FSDP")
         states["reference"] = setup.parameters * setup.weight_bytes // (setup.world_size if sharded else 1)
     passes = {"activations": _activations(setup), "logits": _logits(setup)}
-    cache = _cache(setup)
-    if cache > states["gradients"] + sum(passes.values()):  # a rollout comes before there are any of those
-        return Estimate({**states, "gradients": 0, "rollout": cache, "workspace": _WORKSPACE})
+    name, rollout = ("vLLM", setup.engine) if setup.engine else ("rollout", _cache(setup))
+    if setup.engine and not setup.engine_sleeps:
+        states["vLLM"], rollout = setup.engine, 0
+    if rollout > states["gradients"] + sum(passes.values()):  # a rollout comes before there are any of those
+        return Estimate({**states, "gradients": 0, name: rollout, "workspace": _WORKSPACE})
     return Estimate({**states, **passes, "workspace": _WORKSPACE})
 
 

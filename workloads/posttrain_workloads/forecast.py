@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.api.grpo_checks import count_groups
 from posttrain.contract.config import TrainingConfig
-from posttrain_workloads import estimate
+from posttrain_workloads import _compat, estimate
 from posttrain_workloads.batches import BatchSettings, count_batches, find_batch_problems, warn_of_few_rows
 from posttrain_workloads.problems import Findings, Problem
 from posttrain_workloads.samples import Rendered
@@ -143,6 +143,7 @@ def build_setup(
     fsdp_checkpointing = bool((spec.parallelism.config or {}).get("activation_checkpointing"))
     is_sft = config.method == "sft"  # the others have no such keys
     groups = None if is_sft else count_groups(config.args, world_size=config.gang.world_size)
+    colocated = not is_sft and args.use_vllm and args.vllm_mode == "colocate"
     return estimate.Setup(
         architecture=architecture,
         parameters=parameters,
@@ -155,15 +156,25 @@ def build_setup(
         offload=spec.parallelism.offload,
         world_size=config.gang.world_size,
         adapter=adapter,
-        checkpointing=bool(args.activation_checkpointing) or fsdp_checkpointing,
+        checkpointing=_compat.recomputes_activations(args) or fsdp_checkpointing,
         offload_activations=is_sft and args.activation_offloading,
         attention="flash" if attention.startswith("flash") else "eager" if attention == "eager" else "sdpa",
         padding_free=is_sft and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")),
         full_logits=args.label_smoothing_factor > 0,
         fused_norms=args.use_liger_kernel,
         reference=not is_sft and args.beta != 0 and spec.peft is None,
-        rollout=groups.of_a_rank if groups else 0,
+        rollout=groups.of_a_rank if groups and not args.use_vllm else 0,
+        engine=_engine_bytes(config, args, parameters=parameters) if colocated else 0,
+        engine_sleeps=colocated and args.vllm_enable_sleep_mode,
     )
+
+
+def _engine_bytes(config: TrainingConfig, args: GRPOConfig, *, parameters: int) -> int:
+    """Return what vLLM takes of each GPU: the share it is given, or its weights where the GPU's size is not known."""
+    if config.gpu_memory_bytes is not None:
+        return int(config.gpu_memory_bytes * args.vllm_gpu_memory_utilization)
+    engines: int = args.vllm_tensor_parallel_size
+    return parameters * (2 if args.bf16 or args.fp16 else 4) // engines
 
 
 def _advise(found: estimate.Estimate) -> str:
@@ -179,6 +190,7 @@ def _advise(found: estimate.Estimate) -> str:
         "logits": "lower per_device_train_batch_size or max_length",
         "reference": "leave beta at 0, shard it with parallelism.strategy ZeRO3, or train an adapter (spec.peft)",
         "rollout": "lower per_device_train_batch_size or max_completion_length",
+        "vLLM": "lower vllm_gpu_memory_utilization, or set vllm_enable_sleep_mode: true",
         "workspace": "take GPUs with more memory",
     }
     largest = max(found.parts, key=lambda name: found.parts[name])

@@ -29,6 +29,7 @@ def train(rank: Rank) -> None:
     from posttrain_workloads.data import load_mixture
     from posttrain_workloads.model import build_peft_config, load_model, load_tokenizer
     from posttrain_workloads.owncode import build_callbacks, load_trainer_class
+    from posttrain_workloads.rollout_modes import set_up_rollouts
     from posttrain_workloads.rollouts import RolloutCallback, Watch, watch_rollouts
 
     args = build_args(config, environ=environ)
@@ -42,6 +43,7 @@ def train(rank: Rank) -> None:
     shape = functools.partial(shape_prompts, config, templated=bool(tokenizer.chat_template))
     with args.main_process_first(desc="fetching and mixing the data"):
         mixture = load_mixture(config, shape=shape, environ=environ)
+    model = load_model(config, environ=environ)
     watch = Watch()
     train_to_the_end(
         rank,
@@ -51,8 +53,9 @@ def train(rank: Rank) -> None:
         callbacks=[
             *callbacks,
             RolloutCallback(watch, storage=rank.storage, rank=rank.rank, resumed_from=found.path),
+            *set_up_rollouts(config, args, model=model, tokenizer=tokenizer),
         ],
-        model=load_model(config, environ=environ),
+        model=model,
         reward_funcs=rewards,
         args=args,
         train_dataset=number_rows(mixture.train),

@@ -49,6 +49,7 @@ def check_grpo(
         rewards = build_rewards(config, environ=environ)
     check_endpoints(config, findings, environ=environ)
     check_reference(config, findings)
+    warn_of_unseen_weights(args, findings)
     mixture: Mixture | None = None
     # Without a tokenizer, which is a problem already, the rest is looked at as with most models.
     templated = model.tokenizer is None or bool(model.tokenizer.chat_template)
@@ -109,6 +110,15 @@ def check_endpoints(config: TrainingConfig, findings: Findings, *, environ: Mapp
         if not known:
             message = f"{path}: the sandbox {url} has no language: install its packages, python and gcc"
             findings.add(Problem("SandboxUnreachable", message))
+
+
+def warn_of_unseen_weights(args: GRPOConfig | None, findings: Findings) -> None:
+    """Say where TRL does not log what tells that vLLM generates with the weights that are trained."""
+    if args is not None and args.use_vllm and not args.vllm_importance_sampling_correction:
+        findings.warnings.append(
+            "with vllm_importance_sampling_correction: false nobody compares vLLM's log-probabilities with the "
+            "trainer's: if vLLM generates with other weights, it is not noticed"
+        )
 
 
 def check_columns(config: TrainingConfig, findings: Findings, rows: Dataset) -> bool:
@@ -215,7 +225,9 @@ def check_prompts(
         )
         outcome.samples = [_sample(ids, tokenizer=tokenizer) for ids in first]
         outcome.estimates["longest prompt"] = f"{longest:,} tokens"
-        _judge_length(findings, longest, limit=_positions(model), completion=args.get("max_completion_length", 512))
+        completion = args.get("max_completion_length", 512)
+        _judge_length(findings, longest, limit=_positions(model), completion=completion)
+        _judge_engine_length(findings, longest, limit=args.get("vllm_max_model_length"), completion=completion)
         return longest
     return None
 
@@ -277,6 +289,20 @@ def _judge_length(findings: Findings, longest: int, *, limit: int | None, comple
         findings.warnings.append(
             f"the longest prompt ({longest:,} tokens) and max_completion_length {completion:,} are together more than "
             f"the {limit:,} tokens that the model sees: lower spec.grpo.args.max_completion_length"
+        )
+
+
+def _judge_engine_length(findings: Findings, longest: int, *, limit: int | None, completion: int | None) -> None:
+    """vLLM refuses a prompt beyond its limit at the step that has it, and ends completions there without a word."""
+    needed = longest + (completion or 0)
+    if limit is not None and needed > limit:
+        findings.add(
+            Problem(
+                "ConfigInvalid",
+                f"spec.grpo.args.vllm_max_model_length: {limit:,} tokens are fewer than the longest prompt "
+                f"({longest:,}) and max_completion_length ({completion or 0:,}) have together: write at least "
+                f"{needed:,}, or leave it out",
+            )
         )
 
 

@@ -75,6 +75,8 @@ def implied_packages(spec: TrainingRunSpec, args: JsonObject) -> tuple[Requireme
         found.append(Requirement("peft", "peft", f"spec.peft.method: {spec.peft.method}"))
         if spec.peft.method == "QLoRA":
             found.append(Requirement(*_BITSANDBYTES, "spec.peft.method: QLoRA"))
+    if spec.image_name == "vllm" and spec.grpo is not None:
+        found.append(Requirement("vllm", "vllm", f"spec.grpo.rollout.mode: {spec.grpo.rollout.mode}"))
     for index, reward in enumerate(spec.grpo.rewards if spec.grpo is not None else ()):
         place = f"spec.grpo.rewards[{index}]"
         if reward.name in _REWARDS:

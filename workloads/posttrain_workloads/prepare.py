@@ -25,7 +25,7 @@ from posttrain.contract.config import HubSource, MountedSource, ResolvedSource, 
 from posttrain.contract.facts import PhaseChanged
 from posttrain.contract.result import ExitCode
 from posttrain_workloads import estimate, hub
-from posttrain_workloads.arguments import args_class, training_args
+from posttrain_workloads.arguments import make_args, training_args
 from posttrain_workloads.failures import explain_failure
 from posttrain_workloads.grpo_checks import check_grpo
 from posttrain_workloads.model import (
@@ -185,7 +185,7 @@ def build_effective_args(config: TrainingConfig, outcome: Outcome, *, environ: M
         here |= {"use_cpu": True, "tf32": None}
     with outcome.findings.collect():
         try:
-            args = args_class(config)(**{**wanted, **here})
+            args = make_args(config, {**wanted, **here})
         except (ValueError, TypeError, KeyError) as error:
             key = name_key(str(error), config.args, method=config.method)
             raise refuse("ConfigInvalid", f"{key}: {error}") from error

@@ -28,7 +28,7 @@ from posttrain_workloads.failures import explain_failure
 from posttrain_workloads.reporting import Reporter, open_reporter
 from posttrain_workloads.runtime import RankError, RankFailure, Runtime, die_with_parent
 
-_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "posttrain")
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "vllm", "posttrain")
 
 
 @dataclass(frozen=True, kw_only=True)

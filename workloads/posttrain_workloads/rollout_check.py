@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from posttrain_workloads.runtime import RankFailure
+
 METRIC = "sampling/sampling_logp_difference/mean"
 """Mean absolute difference of the log-probabilities of the sampled tokens."""
 _BOUND_FLOAT32 = 1e-4
@@ -19,8 +21,11 @@ _BOUND_FLOAT32 = 1e-4
 _BOUND_ELSE = 0.1
 
 
-class StaleRolloutWeights(Exception):
+class StaleRolloutWeights(RankFailure):
     """The completions are not from the weights that are trained."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("StaleRolloutWeights", message)
 
 
 def bound_for(dtype: str) -> float:
@@ -51,6 +56,6 @@ class RolloutCheck(TrainerCallback):  # type: ignore[misc]
         if difference is not None and not difference <= self._bound:
             raise StaleRolloutWeights(
                 f"at step {state.global_step} the log-probabilities of the completions differ by {difference:.3g} "
-                f"between the rollout servers and the trainer ({METRIC}); rounding explains {self._bound:g}: a server "
-                "has other weights than the trainer, or computes in another dtype"
+                f"between vLLM and the trainer ({METRIC}); rounding explains {self._bound:g}: vLLM has other weights "
+                "than the trainer, or computes in another dtype"
             )

@@ -110,10 +110,12 @@ class Sandbox(ApiModel):
 class Rollout(ApiModel):
     """How completions are generated."""
 
-    mode: Literal["Transformers"] = Field(
+    mode: Literal["Transformers", "Colocate"] = Field(
         default="Transformers",
-        description="Transformers: the trainer's own model generates, by transformers. Default: Transformers.",
-        examples=["Transformers"],
+        description="Transformers: the trainer's own model generates, by transformers. Colocate: vLLM generates, "
+        "inside each rank and on its GPU, and gets the weights after each step; the `vllm_` keys of `args` set it up, "
+        "and the image is `vllm`. Default: Transformers.",
+        examples=["Colocate"],
     )
 
 
@@ -148,5 +150,5 @@ class Grpo(ApiModel):
     rollout: Rollout = Field(
         default=Rollout(),
         description="How completions are generated. Default: by the trainer's own model.",
-        examples=[{"mode": "Transformers"}],
+        examples=[{"mode": "Colocate"}],
     )

@@ -13,6 +13,7 @@ from posttrain.api.base import JsonObject
 from posttrain.api.grpo import Grpo
 from posttrain.api.methods import Path, args_path, table_of
 from posttrain.api.rewards import REWARDS, check_reward
+from posttrain.api.rollout_checks import find_rollout_problems
 from posttrain.api.spelling import join_names
 from posttrain.api.training_run import TrainingRunSpec
 
@@ -24,7 +25,8 @@ def find_grpo_problems(spec: TrainingRunSpec) -> list[tuple[Path, str]]:
     """Return path and message of every problem; none for a run of another method. The `args` must be without any."""
     if spec.grpo is None:
         return []
-    return [*_rewards(spec.grpo), *_groups(spec.grpo, world_size=spec.resources.world_size)]
+    groups = _groups(spec.grpo, world_size=spec.resources.world_size)
+    return [*_rewards(spec.grpo), *groups, *find_rollout_problems(spec)]
 
 
 def _rewards(grpo: Grpo) -> list[tuple[Path, str]]:

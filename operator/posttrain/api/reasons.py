@@ -289,6 +289,12 @@ _CATALOGUE = (
         "completions without a reward.",
     ),
     Reason(
+        name="StaleRolloutWeights",
+        message="vLLM generated with other weights than those that are trained.",
+        advice="At the first step vLLM computes otherwise than the trainer does: set spec.model.dtype, or take "
+        "spec.grpo.rollout.mode: Transformers. At a later one weights were lost on the way: the log says more.",
+    ),
+    Reason(
         name="NonFiniteLoss",
         message="A loss or gradient norm was not finite.",
         advice="Lower the learning rate, raise warm-up, check the data at the step that is named.",

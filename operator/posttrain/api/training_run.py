@@ -45,6 +45,7 @@ from posttrain.api.training_run_status import TrainingRunStatus
 
 KIND: Literal["TrainingRun"] = "TrainingRun"
 Method = Literal["sft", "grpo"]
+ImageName = Literal["trainer", "vllm"]
 PLURAL = "trainingruns"
 
 NAME_RULE = (
@@ -330,6 +331,11 @@ class TrainingRunSpec(ApiModel):
         names = [reward.name for reward in rewards if reward.name is not None]
         needed = any(name in REWARDS and REWARDS[name].needs_sandbox for name in names)
         return ((self.grpo and self.grpo.sandbox) or Sandbox()) if needed else None
+
+    @property
+    def image_name(self) -> ImageName:
+        """Which of posttrain's images the run's pods need."""
+        return "vllm" if self.grpo is not None and self.grpo.rollout.mode != "Transformers" else "trainer"
 
 
 class Metadata(StatusModel):

@@ -42,7 +42,7 @@ def read_completions(
             f"{run.metadata.name} has no completions of step {wanted}; there are {len(steps)} steps, from {steps[0]} "
             f"to {steps[-1]} (spec.grpo.args.logging_steps says which)"
         )
-    interpreter = ensure_environment("trainer", cache=cache, report=lambda line: print(line, file=sys.stderr))
+    interpreter = ensure_environment(run.spec.image_name, cache=cache, report=lambda line: print(line, file=sys.stderr))
     done = subprocess.run(
         [interpreter, "-m", "posttrain_workloads.completions", folder.storage / completions_file(wanted)],
         env={**os.environ, "PYTHONPATH": str(folder.packages)},
@@ -67,6 +67,7 @@ def render_completions(rows: Sequence[Mapping[str, Any]], *, step: int) -> str:
                 for name, value in row.items()
                 if name.startswith(_REWARD)
             )
-            lines += ["", f"  [{rewards}; advantage {row['advantage']:+.3g}]"]
+            weights = f"; weights {row['weights']}" if "weights" in row else ""
+            lines += ["", f"  [{rewards}; advantage {row['advantage']:+.3g}{weights}]"]
             lines += [f"  {line}" for line in row["completion"].splitlines()]
     return "\n".join(lines)

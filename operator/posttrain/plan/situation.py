@@ -94,8 +94,9 @@ class Situation:
     def image(self) -> str:
         """The image of the run's pods: as pinned, else the user's, else the settings'."""
         pinned = (self.provenance.image_digests or {}).get("trainer")
-        overrides = self.run.spec.pod_overrides
-        return pinned or (overrides.image if overrides else None) or self.settings.images.trainer
+        overrides, images = self.run.spec.pod_overrides, self.settings.images
+        own = images.vllm if self.run.spec.image_name == "vllm" else images.trainer
+        return pinned or (overrides.image if overrides else None) or own
 
     @property
     def sandbox_image(self) -> str:

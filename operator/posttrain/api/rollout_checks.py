@@ -1,0 +1,86 @@
+"""What is wrong with `spec.grpo.rollout`: arguments that its mode does not read, and what vLLM cannot do for a run.
+
+It owns these problems and their wording; it must not look at what the machine has, nor judge other arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from posttrain.api.grpo import Grpo
+from posttrain.api.methods import Path, args_path, table_of
+from posttrain.api.training_run import TrainingRunSpec
+
+_ARGS = args_path("grpo")
+_MODE = "spec.grpo.rollout.mode"
+_VLLM = "vllm_"
+_OF_TRANSFORMERS = (
+    "cache_implementation",
+    "transformers_continuous_batching_config",
+    "use_transformers_continuous_batching",
+    "use_transformers_paged",
+)
+
+
+def find_rollout_problems(spec: TrainingRunSpec) -> list[tuple[Path, str]]:
+    """Return path and message of every problem; none for a run of another method. The `args` must be without any."""
+    grpo = spec.grpo
+    if grpo is None:
+        return []
+    if grpo.rollout.mode == "Transformers":
+        message = (
+            "is for rollouts by vLLM, and this run's are by transformers: "
+            f"write {_MODE}: Colocate, or leave the key out"
+        )
+        return [((*_ARGS, key), message) for key in grpo.args if key.startswith(_VLLM)]
+    return [*_unread(grpo), *_vespo(grpo), *_model(spec), *_engine(spec, grpo)]
+
+
+def _unread(grpo: Grpo) -> Iterator[tuple[Path, str]]:
+    for key in grpo.args:
+        if key in _OF_TRANSFORMERS:
+            yield (*_ARGS, key), "is for rollouts by transformers, and this run's are by vLLM: leave it out"
+
+
+def _vespo(grpo: Grpo) -> Iterator[tuple[Path, str]]:
+    """TRL refuses it when the trainer is built (trl/trainer/grpo_trainer.py)."""
+    mode = "vllm_importance_sampling_mode"
+    corrects = _value(grpo, "vllm_importance_sampling_correction")
+    if grpo.args.get("loss_type") == "vespo" and corrects and not str(_value(grpo, mode)).startswith("token_"):
+        message = "loss_type vespo weighs single tokens: write vllm_importance_sampling_mode: token_truncate or "
+        yield (*_ARGS, mode), f"{message}token_mask"
+
+
+def _model(spec: TrainingRunSpec) -> Iterator[tuple[Path, str]]:
+    if spec.model.config:
+        message = (
+            "vLLM reads the model from its own config.json, so it would generate with another model than the trained "
+            f"one: write the overrides into that file, or {_MODE}: Transformers"
+        )
+        yield ("spec", "model", "config"), message
+    if spec.peft is not None and spec.peft.method == "QLoRA":
+        message = f"weights in 4 bits are not handed over to vLLM: write LoRA, or {_MODE}: Transformers"
+        yield ("spec", "peft", "method"), message
+
+
+def _engine(spec: TrainingRunSpec, grpo: Grpo) -> Iterator[tuple[Path, str]]:
+    """What an engine inside the trainer cannot do."""
+    world_size, on_cpus = spec.resources.world_size, not spec.resources.gpus_per_node
+    size = _value(grpo, "vllm_tensor_parallel_size")
+    if isinstance(size, int) and (size < 1 or world_size % size):
+        message = f"{size} does not divide the {world_size} ranks, and an engine spans whole groups of them"
+        yield (*_ARGS, "vllm_tensor_parallel_size"), f"{message}: write a divisor of {world_size}"
+    elif on_cpus and size != 1:
+        message = "an engine spans several GPUs, and spec.resources.gpusPerNode is 0: leave it out"
+        yield (*_ARGS, "vllm_tensor_parallel_size"), message
+    if on_cpus and _value(grpo, "vllm_enable_sleep_mode"):
+        message = "frees a GPU's memory, and spec.resources.gpusPerNode is 0: leave it out"
+        yield (*_ARGS, "vllm_enable_sleep_mode"), message
+    share = _value(grpo, "vllm_gpu_memory_utilization")
+    if isinstance(share, int | float) and not 0 < share <= 1:
+        message = f"{share:g} is no share of a GPU's memory: write a number above 0, and at most 1"
+        yield (*_ARGS, "vllm_gpu_memory_utilization"), message
+
+
+def _value(grpo: Grpo, key: str) -> object:
+    return grpo.args.get(key, table_of("grpo").keys[key].default)

@@ -47,6 +47,7 @@ def check_grpo(
     with findings.collect():
         rewards = build_rewards(config)
     check_reference(config, findings)
+    check_loss(config, findings)
     warn_of_unseen_weights(args, findings)
     mixture: Mixture | None = None
     # Without a tokenizer, which is a problem already, the rest is looked at as with most models.
@@ -90,6 +91,16 @@ def check_reference(config: TrainingConfig, findings: Findings) -> None:
                 "would be another model: leave beta out, train an adapter (spec.peft), or write the overrides into the "
                 "model's own config.json",
             )
+        )
+
+
+def check_loss(config: TrainingConfig, findings: Findings) -> None:
+    """See that CISPO's bound is not the other losses': TRL falls back to `epsilon`, which would clip any rise."""
+    if config.args.get("loss_type") == "cispo" and config.args.get("epsilon_high") is None:
+        findings.warnings.append(
+            "spec.grpo.args.epsilon_high is not set, and loss_type cispo takes it for the greatest importance ratio "
+            "itself, not for a distance from 1: with the default of epsilon, 0.2, every token that matters is scaled "
+            "down to it. ScaleRL, whose loss it is, recommends 5.0"
         )
 
 
@@ -142,7 +153,7 @@ def try_own_rewards(config: TrainingConfig, findings: Findings, rows: Dataset, *
         path = f"spec.grpo.rewards[{index}].function: {reward.function}"
         with findings.collect():
             try:
-                scores = built.score(
+                scores = built.compute(
                     prompts=prompts,
                     completions=completions,
                     completion_ids=[[0]] * len(prompts),

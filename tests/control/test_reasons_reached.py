@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from posttrain.api.reasons import REASONS
-from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, Started
+from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, SignalLost, Started
 from posttrain.contract.result import Result
 from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, PYTORCHJOB, WORKLOAD
 from posttrain.control.port import Rejected
 from tests.support.bench import Bench
-from tests.support.builders import build_other_run, rfc3339
+from tests.support.builders import GRPO, build_other_run, rfc3339
 
 Happens = Callable[[Bench], None]
 STARTED = Started(world_size=1, max_steps=20, resumed_from_step=0)
@@ -224,6 +224,22 @@ def loss_is_no_number(bench: Bench) -> None:
     bench.others.tell(NonFinite(metric="loss", step=7), attempt=1)
 
 
+def signal_is_lost(reason: str, *, policy: str = "Warn") -> Happens:
+    """Let a check of the signal find something, of which the user has chosen what follows."""
+
+    def happens(bench: Bench) -> None:
+        fields = ("deadReward", "entropyCollapse", "klDivergence", "clippedCompletions")
+        signal = {field: {"policy": policy} for field in fields}
+        trains(bench, sft=None, grpo={**GRPO, "args": {"max_steps": 20, "beta": 0.1}, "signal": signal})
+        bench.others.tell(SignalLost(reason=reason, message="as it says", step=7), attempt=1)
+
+    return happens
+
+
+def signal_is_there(bench: Bench) -> None:
+    trains(bench, sft=None, grpo=GRPO)
+
+
 def container_is_killed_for_memory(bench: Bench) -> None:
     trains(bench)
     bench.others.end_pod("demo-a1-master-0", exit_code=137, terminated_reason="OOMKilled")
@@ -400,6 +416,13 @@ CASES: list[tuple[str, Happens]] = [
     ("RestartBudgetSpent", budget_is_spent),
     ("ProgressStalled", nothing_is_heard),
     ("NonFiniteLoss", loss_is_no_number),
+    # What a grpo run learns from
+    ("SignalHealthy", signal_is_there),
+    *(
+        (reason, signal_is_lost(reason, policy=policy))
+        for reason in ("RewardSignalDead", "EntropyCollapsed", "KlTooLarge", "CompletionsClipped")
+        for policy in ("Warn", "Suspend", "Fail")
+    ),
     ("HostOutOfMemory", container_is_killed_for_memory),
     ("PodDeleted", pod_is_deleted),
     ("JobDeleted", job_is_deleted),

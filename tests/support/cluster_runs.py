@@ -30,7 +30,7 @@ class ClusterRun:
 
     def apply(self, **changes: Any) -> None:
         """Make the run: two nodes with a GPU each, no prepare, the claim `shared`; `changes` replace fields of it."""
-        fields = {
+        spec: dict[str, Any] = {
             "resources": {"numNodes": 2, "gpusPerNode": 1},
             "prepare": {"enabled": False},
             "checkpoints": {"storage": {"claimName": "shared"}, "everySteps": 5},
@@ -41,7 +41,7 @@ class ClusterRun:
                     "apiVersion": "posttrain.dev/v1alpha1",
                     "kind": "TrainingRun",
                     "metadata": {"name": self.name, "namespace": self.namespace},
-                    "spec": build_spec(**{**fields, **changes}),
+                    "spec": build_spec(**{**spec, **changes}),
                 }
             ]
         )
@@ -123,6 +123,17 @@ class ClusterRun:
         )
         items = sorted(found["items"], key=lambda event: int(event["metadata"]["resourceVersion"]))
         return [(event["type"], event["reason"]) for event in items]
+
+    def await_event(self, reason: str) -> None:
+        """Wait for an event of it: events come after the status that they tell of."""
+        self.cluster.await_json(
+            "events",
+            "--namespace",
+            self.namespace,
+            f"--field-selector=involvedObject.name={self.name}",
+            until=lambda events: any(event["reason"] == reason for event in events["items"]),
+            what=f"the event {reason} of {self.name}",
+        )
 
 
 def tiny(**changes: Any) -> dict[str, Any]:

@@ -75,6 +75,18 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"sandbox": {"mode": "Piston"}}, "spec.grpo.sandbox.endpoints", "mode Piston needs the addresses of its servers"),
     ({"sandbox": {"endpoints": ["http://piston:2000"]}}, "spec.grpo.sandbox.endpoints", "and mode Local has none"),
     ({"sandbox": {"mode": "E2B"}}, "spec.grpo.sandbox.mode", 'must be one of Local or Piston, not the string "E2B"'),
+    (
+        {"signal": {"klDivergence": {"policy": "Suspend"}}},
+        "spec.grpo.signal.klDivergence.policy",
+        "Suspend would never come: without a reference model (spec.grpo.args.beta is 0)",
+    ),
+    (
+        {"signal": {"deadReward": {"bound": "1.5"}}},
+        "spec.grpo.signal.deadReward.bound",
+        "a share above 0 and at most 1",
+    ),
+    ({"signal": {"entropyCollapse": {"bound": 0.1}}}, "spec.grpo.signal.entropyCollapse.bound", "write it quoted"),
+    ({"signal": {"deadRewards": {}}}, "spec.grpo.signal.deadRewards", "did you mean `deadReward`?"),
     ({"rollout": {"mode": "colocate"}}, "spec.grpo.rollout.mode", "did you mean Colocate?"),
     (
         {"args": {"vllm_importance_sampling_correction": False}},

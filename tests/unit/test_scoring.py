@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
@@ -65,6 +66,41 @@ def test_a_reward_that_fails_only_on_all_together_scores_none() -> None:
     assert scores == [None, None]
     assert logged["rewards/mine/failed"] == 1
     assert reward.last_error.startswith("reward mine fails on 2 completions together: ")
+
+
+def test_rewards_that_are_async_are_awaited_together_and_watched_like_others() -> None:
+    """Each waits until the other one has begun: one after the other they would never end."""
+    begun: list[asyncio.Event] = []
+
+    async def meet(completions: list[str], **columns: Any) -> list[float]:
+        begun.append(asyncio.Event())
+        while len(begun) < 2:
+            await asyncio.sleep(0)
+        if "bad" in completions:
+            raise ValueError("cannot read it")
+        return [1.0] * len(completions)
+
+    rewards = [WatchedReward(name, meet) for name in ("one", "two")]
+    calls = [reward.for_trainer() for reward in rewards]
+    logged: dict[str, float] = {}
+    columns: dict[str, Any] = {"prompts": ["?", "?"], "log_metric": logged.__setitem__, "trainer_state": None}
+
+    async def call_all() -> list[list[float | None]]:
+        return list(await asyncio.gather(*(call(completions=["good", "bad"], **columns) for call in calls)))
+
+    assert asyncio.run(asyncio.wait_for(call_all(), timeout=60)) == [[1.0, None], [1.0, None]]
+    assert [call.__name__ for call in calls] == ["one", "two"]
+    assert logged["rewards/one/failed"] == logged["rewards/two/failed"] == 0.5
+    assert rewards[0].last_error.endswith("ValueError: cannot read it")
+    reward = WatchedReward("plain", count_letters)
+    assert reward.for_trainer() is reward
+
+
+def test_before_there_is_a_trainer_an_async_reward_runs_by_itself() -> None:
+    async def score(completions: list[str], **columns: Any) -> list[float]:
+        return [2.0 for _ in completions]
+
+    assert WatchedReward("mine", score).compute(completions=["a"]) == [2.0]
 
 
 def test_a_wrong_number_of_values_ends_the_run() -> None:

@@ -132,6 +132,35 @@ def test_status_needs_nothing_from_the_storage(command: Command) -> None:
     assert told == [(entry["step"], pytest.approx(entry["loss"])) for entry in trained if "loss" in entry]
 
 
+def test_a_reward_that_tells_nothing_apart_suspends_the_run_after_a_checkpoint(command: Command, rows: Path) -> None:
+    problems = [json.loads(line)["messages"][0]["content"] for line in rows.read_text().splitlines()]
+    data = command.folder.with_name("problems.jsonl")
+    data.write_text("".join(json.dumps({"prompt": problem}) + "\n" for problem in problems))
+    del command.spec["sft"]
+    command.spec |= {
+        "datasets": [{"source": f"file://{data}"}],
+        "code": {"path": str(Path(__file__).with_name("own_code"))},
+        "grpo": {
+            "rewards": [{"function": "own_rewards:constant"}],
+            "args": {**GRPO_ARGS, "max_steps": 10_000},
+            "signal": {"deadReward": {"policy": "Suspend", "steps": 3}},
+        },
+        "resources": {"gpusPerNode": 0},
+        "prepare": {"enabled": False},
+        "checkpoints": {"everySteps": 10_000},
+    }
+    code, output = command.start("--plain").wait()
+    assert code != 0, output + command.logs()
+    found = "frac_reward_zero_std is 1 at step 3, and was at least 0.95 for 3 logged steps in a row"
+    assert f"Warning: RewardSignalDead: attempt 1: {found}: the run is suspended" in output
+
+    status = command.status().status
+    assert (status.stage, status.attempt) == ("Suspended", 2)
+    assert status.checkpoints is not None and status.checkpoints.latest_step is not None
+    assert status.failure is not None and "harder prompts" in (status.failure.advice or "")
+    assert [fact.body.step for fact in command.facts() if fact.body.type == "SignalLost"] == [3]
+
+
 def test_what_prepare_finds_wrong_ends_the_command_before_any_training(command: Command, tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
     command.spec["datasets"] = [{"source": f"file://{tmp_path}/odd.jsonl"}]

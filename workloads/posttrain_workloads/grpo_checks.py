@@ -49,6 +49,7 @@ def check_grpo(
         rewards = build_rewards(config, environ=environ)
     check_endpoints(config, findings, environ=environ)
     check_reference(config, findings)
+    check_loss(config, findings)
     warn_of_unseen_weights(args, findings)
     mixture: Mixture | None = None
     # Without a tokenizer, which is a problem already, the rest is looked at as with most models.
@@ -112,6 +113,16 @@ def check_endpoints(config: TrainingConfig, findings: Findings, *, environ: Mapp
             findings.add(Problem("SandboxUnreachable", message))
 
 
+def check_loss(config: TrainingConfig, findings: Findings) -> None:
+    """See that CISPO's bound is not the other losses': TRL falls back to `epsilon`, which would clip any rise."""
+    if config.args.get("loss_type") == "cispo" and config.args.get("epsilon_high") is None:
+        findings.warnings.append(
+            "spec.grpo.args.epsilon_high is not set, and loss_type cispo takes it for the greatest importance ratio "
+            "itself, not for a distance from 1: with the default of epsilon, 0.2, every token that matters is scaled "
+            "down to it. ScaleRL, whose loss it is, recommends 5.0"
+        )
+
+
 def warn_of_unseen_weights(args: GRPOConfig | None, findings: Findings) -> None:
     """Say where TRL does not log what tells that vLLM generates with the weights that are trained."""
     if args is not None and args.use_vllm and not args.vllm_importance_sampling_correction:
@@ -161,7 +172,7 @@ def try_own_rewards(config: TrainingConfig, findings: Findings, rows: Dataset, *
         path = f"spec.grpo.rewards[{index}].function: {reward.function}"
         with findings.collect():
             try:
-                scores = built.score(
+                scores = built.compute(
                     prompts=prompts,
                     completions=completions,
                     completion_ids=[[0]] * len(prompts),

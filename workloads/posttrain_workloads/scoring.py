@@ -5,9 +5,11 @@ It owns what becomes of a reward that fails or gives no number; it must not comp
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +24,8 @@ from posttrain_workloads.rewards.execution import PistonSandbox
 from posttrain_workloads.runtime import RankFailure
 
 REASON = "RewardFunctionFailed"
-Score = Callable[..., Sequence[float | None]]
+Scores = Sequence[float | None]
+Score = Callable[..., Scores | Coroutine[Any, Any, Scores]]
 """TRL's signature: prompts, completions, completion_ids and the data's columns, each a list as long as the others."""
 
 # What the trainer hands to a reward beside lists with an entry a completion (trl/trainer/grpo_trainer.py).
@@ -43,6 +46,8 @@ class WatchedReward:
     score: Score
     last_error: str = ""
     """The newest error, in words."""
+    loop: asyncio.AbstractEventLoop | None = None
+    """In which a reward that is `async def` runs."""
 
     @property
     def __name__(self) -> str:
@@ -72,8 +77,27 @@ class WatchedReward:
         log_metric(f"rewards/{self.name}/unscored", sum(score is None for score in scores) / len(completions))
         return scores
 
+    def for_trainer(self) -> Callable[..., Any]:
+        """Return what TRL calls: for an `async def` a coroutine function, which it awaits together with the others."""
+        if not _is_async(self.score):
+            return self
+
+        async def call(**columns: Any) -> list[float | None]:
+            self.loop = asyncio.get_running_loop()
+            return await asyncio.to_thread(self, **columns)
+
+        call.__name__ = self.name
+        return call
+
+    def compute(self, **columns: Any) -> Scores:
+        """Return what the reward itself gives; an `async def` runs in the trainer's loop, before there is one alone."""
+        scores = self.score(**columns)
+        if not isinstance(scores, Coroutine):
+            return scores
+        return asyncio.run_coroutine_threadsafe(scores, self.loop).result() if self.loop else asyncio.run(scores)
+
     def _score(self, lists: dict[str, Any], passed_on: dict[str, Any]) -> list[float | None]:
-        scores = list(self.score(**lists, **passed_on))
+        scores = list(self.compute(**lists, **passed_on))
         expected = len(lists["completions"])
         if len(scores) != expected:
             raise RankFailure(
@@ -171,6 +195,10 @@ def _build(reward: Reward, *, sandbox: PistonSandbox | None, path: str) -> Score
     assert reward.function is not None
     function: Score = load_entry_point(reward.function, path=f"{path}.function")
     return partial(function, **reward.params)
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
 
 
 def _name(reward: Reward) -> str:

@@ -21,9 +21,13 @@ SUCCEEDED = "Succeeded"
 FINISHED = "Finished"
 READY = "Ready"
 STALLED = "Stalled"
+SIGNAL_HEALTHY = "SignalHealthy"
 
 TRAINING_RUN_CONDITIONS = (ACCEPTED, PREPARED, QUOTA_RESERVED, PODS_READY, SUCCEEDED, FINISHED, READY, STALLED)
 """Every condition of a TrainingRun, in the order in which they are shown; all are present from the first plan."""
+
+GRPO_CONDITIONS = (*TRAINING_RUN_CONDITIONS, SIGNAL_HEALTHY)
+"""Those of a run that learns from rewards."""
 
 MESSAGE_MAX_LENGTH = 2048
 

@@ -12,6 +12,7 @@ from pydantic import Field, StringConstraints
 from posttrain.api.base import ApiModel, Decimal, Distinct, JsonObject, ShortText
 from posttrain.api.rules import Rule
 from posttrain.api.shapes import EntryPoint
+from posttrain.api.signal import Signal
 
 
 class Reward(ApiModel):
@@ -25,7 +26,8 @@ class Reward(ApiModel):
     function: EntryPoint | None = Field(
         default=None,
         description="`module:name` of a reward in `code`: a function of prompts, completions and the data's columns, "
-        "which returns a number, or None where it cannot score, for each completion.",
+        "which returns a number, or None where it cannot score, for each completion. It may be `async def`: such "
+        "rewards are awaited together.",
         examples=["rewards:says_please"],
     )
     weight: Decimal = Field(
@@ -151,4 +153,10 @@ class Grpo(ApiModel):
         default=Rollout(),
         description="How completions are generated. Default: by the trainer's own model.",
         examples=[{"mode": "Colocate"}],
+    )
+    signal: Signal = Field(
+        default=Signal(),
+        description="Checks of what the run learns from, and what follows where one finds something; may change while "
+        "the run lives, bounds and steps from the next attempt on. Default: a warning.",
+        examples=[{"deadReward": {"policy": "Suspend"}}],
     )

@@ -26,7 +26,7 @@ def find_grpo_problems(spec: TrainingRunSpec) -> list[tuple[Path, str]]:
     if spec.grpo is None:
         return []
     groups = _groups(spec.grpo, world_size=spec.resources.world_size)
-    return [*_rewards(spec.grpo), *groups, *find_rollout_problems(spec)]
+    return [*_rewards(spec.grpo), *groups, *find_rollout_problems(spec), *_signal(spec.grpo)]
 
 
 def _rewards(grpo: Grpo) -> list[tuple[Path, str]]:
@@ -110,6 +110,20 @@ def _groups(grpo: Grpo, *, world_size: int) -> list[tuple[Path, str]]:
             )
         ]
     return []
+
+
+def _signal(grpo: Grpo) -> list[tuple[Path, str]]:
+    """Find a check that somebody relies on and that would never find anything."""
+    policy = grpo.signal.kl_divergence.policy
+    if policy == "Warn" or grpo.args.get("beta", table_of("grpo").keys["beta"].default):
+        return []
+    return [
+        (
+            ("spec", "grpo", "signal", "klDivergence", "policy"),
+            f"{policy} would never come: without a reference model (spec.grpo.args.beta is 0) no KL divergence is "
+            "computed: set beta, or leave klDivergence out",
+        )
+    ]
 
 
 def _values(total: int) -> str:

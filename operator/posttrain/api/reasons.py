@@ -288,6 +288,30 @@ _CATALOGUE = (
         advice="Mend the reward that the message names, or the column that it reads: nothing is learnt from "
         "completions without a reward.",
     ),
+    # What a grpo run learns from
+    Reason(name="SignalHealthy", message="No check of spec.grpo.signal finds anything."),
+    Reason(
+        name="RewardSignalDead",
+        message="Nearly every group of completions is rewarded alike: there is nothing to learn from.",
+        advice="See what is rewarded (`posttrain samples`, report.html). Where all fail, take easier prompts, a reward "
+        "with partial credit, or more num_generations; where all are right, harder prompts.",
+    ),
+    Reason(
+        name="EntropyCollapsed",
+        message="The model is nearly certain of each token: it does not try anything any more.",
+        advice="Go back to an earlier checkpoint with a lower learning_rate, a higher epsilon_high or temperature, or "
+        "an entropy_coef.",
+    ),
+    Reason(
+        name="KlTooLarge",
+        message="The model has moved further away from the reference model than its bound.",
+        advice="Lower learning_rate, or raise beta.",
+    ),
+    Reason(
+        name="CompletionsClipped",
+        message="Nearly all completions are cut off at max_completion_length.",
+        advice="Raise max_completion_length, or reward shorter completions (soft_overlong_punishment).",
+    ),
     Reason(
         name="StaleRolloutWeights",
         message="vLLM generated with other weights than those that are trained.",

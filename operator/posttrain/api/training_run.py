@@ -56,9 +56,11 @@ NAME_RULE = (
 MUTABLE_FIELDS = frozenset(
     {"suspend", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "pendingDeadlineSeconds", "restarts"}
 )
-"""Fields of the spec that may change while the run lives; of `checkpoints` and `resources` only the following."""
+"""Fields of the spec that may change while the run lives; of `checkpoints`, `grpo` and `resources` only these:"""
 
 MUTABLE_CHECKPOINT_FIELDS = frozenset({"everySteps", "keepLast"})
+
+MUTABLE_GRPO_FIELDS = frozenset({"signal"})
 
 MUTABLE_RESOURCES_FIELDS = frozenset({"queueName", "workloadPriorityClass", "profile", "numNodes"})
 """Only while the run holds no quota: the gang is not there, and what is asked of the queue can still change."""

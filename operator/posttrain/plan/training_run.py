@@ -39,6 +39,7 @@ from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_clas
 from posttrain.plan.quota import end_workload, withdraw
 from posttrain.plan.references import foresee_end
 from posttrain.plan.sandbox import IMAGE_KEY, explain_unready, own_sandbox, sandbox_ref
+from posttrain.plan.signal import find_loss
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import is_commit
 from posttrain.plan.status import Says, Verdict, carry_facts, derive_events, next_status
@@ -52,6 +53,7 @@ from posttrain.plan.verdicts import (
     fail,
     finish,
     go_on,
+    hold,
     holding_refs,
     old_refs,
     pin_profile,
@@ -403,6 +405,20 @@ def suspended(situation: Situation) -> Verdict | None:
     )
 
 
+def signal_lost(situation: Situation) -> Verdict | None:
+    """There is nothing good to learn any more, and the user chose not to go on then."""
+    loss = find_loss(situation)
+    if loss is None:
+        return None
+    cause = Cause(
+        reason=loss.reason,
+        message=f"attempt {situation.attempt}: {loss.message}",
+        budget="none",
+        advice=advice_for(loss.reason),
+    )
+    return hold(situation, cause, field=loss.field, kept=True) if loss.policy == "Suspend" else fail(situation, cause)
+
+
 def attempt_failed(situation: Situation) -> Verdict | None:
     """The gang has died, or lost a pod: the cause is found, and charged to its budget."""
     if not situation.was_created:
@@ -527,6 +543,7 @@ _CHECKS: tuple[Check, ...] = (
     completed,  # the gang is done
     suspend_requested,  # the user asked us to stop: whatever ends from here on ends because of that
     suspended,  # nothing is to be started
+    signal_lost,  # there is nothing good to learn any more, and the user chose an end or a suspension
     quota_lost,  # the queue wants its quota back: whatever ends from here on ends because of that
     attempt_failed,  # the gang died: find the cause, then restart or give up
     deadline_exceeded,  # ran past activeDeadlineSeconds

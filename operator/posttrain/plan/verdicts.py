@@ -24,6 +24,7 @@ from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
 from posttrain.plan.quota import explain_quota, report_pods_ready
 from posttrain.plan.sandbox import sandbox_ref
+from posttrain.plan.signal import explain_signal
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.status import Says, Verdict
 from posttrain.plan.types import Manifest, ObjectRef, StatusPatch
@@ -48,6 +49,7 @@ def accept(situation: Situation, verdict: Verdict) -> Verdict:
         verdict,
         accepted=Says("True", "Accepted"),
         quota_reserved=verdict.quota_reserved or explain_quota(situation),
+        signal_healthy=explain_signal(situation),
         changes=changes,
         objects=(*run_children(situation), *verdict.objects),
     )
@@ -224,13 +226,19 @@ def stop_non_finite(situation: Situation, cause: Cause) -> Verdict:
     """Return the verdict on a loss that was not finite: the user chose between the end and a suspension."""
     if situation.run.spec.restarts.on_non_finite == "Fail":
         return fail(situation, cause)
+    return hold(situation, cause, field="spec.restarts.onNonFinite")
+
+
+def hold(situation: Situation, cause: Cause, *, field: str, kept: bool = False) -> Verdict:
+    """Return the commit of a suspension that the user chose, by `field`, for the case that the cause names."""
     message = (
-        f"{cause.message}: the run is suspended (spec.restarts.onNonFinite). Change what may be changed, "
+        f"{cause.message}: the run is suspended ({field}). Change what may be changed, "
         "or set spec.suspend to true and back to false, to go on from the latest checkpoint"
     )
     generation = situation.run.metadata.generation
     return begin_attempt(
         situation,
+        kept=kept,
         changes={
             "hold": HoldStatus(reason=cause.reason, message=message, generation=generation),
             "failure": _failure(situation, cause),

@@ -14,7 +14,7 @@ import pytest
 from posttrain.api.reasons import REASONS
 from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, SignalLost, Started
 from posttrain.contract.result import Result
-from posttrain.control.kinds import CLAIM, KUEUE, PYTORCHJOB, WORKLOAD
+from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, PYTORCHJOB, WORKLOAD
 from posttrain.control.port import Rejected
 from tests.support.bench import Bench
 from tests.support.builders import GRPO, build_other_run, rfc3339
@@ -339,6 +339,21 @@ def job_event(message: str) -> Happens:
     return happens
 
 
+def sandbox_has(state: dict[str, Any] | None) -> Happens:
+    """Let the sandbox of a run that rewards programs have a pod whose container is in this state; None: no pod yet."""
+
+    def happens(bench: Bench) -> None:
+        bench.submit(sft=None, grpo={"rewards": [{"name": "code"}], "args": {"max_steps": 20}})
+        bench.settle()
+        assert bench.others.job(1) is None
+        made = bench.others.find(DEPLOYMENT, "demo-sandbox")
+        assert made is not None
+        if state is not None:
+            bench.others.make_sandbox_pod(containerStatuses=[{"name": "sandbox", "ready": False, "state": state}])
+
+    return happens
+
+
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
 PULL = {"name": "pytorch", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
 
@@ -372,8 +387,12 @@ CASES: list[tuple[str, Happens]] = [
             "DatasetRowsInvalid", "DatasetEmpty", "TokenizerMissing", "ChatTemplateMissing", "UnsafeWeights",
             "GatedModel", "HubAuthenticationFailed", "HubUnreachable", "PackageMissing", "CodeImportFailed",
             "BatchNotDivisible", "EstimateExceedsMemory", "ConfigInvalid", "StorageHoldsAnotherRun",
+            "SandboxUnreachable",
         )
     ),
+    # The sandbox
+    ("SandboxStarting", sandbox_has(None)),
+    ("SandboxFailed", sandbox_has({"terminated": {"exitCode": 2, "message": "there is no Landlock"}})),
     # Waiting
     ("Unschedulable", scheduler_says("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")),
     ("VolumePending", scheduler_says("pod has unbound immediate PersistentVolumeClaims")),

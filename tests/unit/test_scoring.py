@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from posttrain.api.training_run import TrainingRunSpec
+from posttrain.contract.config import GangShape, HubSource, RunIdentity, TrainingConfig
 from posttrain_workloads.runtime import RankFailure
-from posttrain_workloads.scoring import WatchedReward
+from posttrain_workloads.scoring import WatchedReward, open_sandbox
 
 
 def call(score: Any, *, completions: list[str]) -> tuple[WatchedReward, list[float | None], dict[str, float]]:
@@ -105,3 +107,36 @@ def test_a_wrong_number_of_values_ends_the_run() -> None:
     with pytest.raises(RankFailure, match="reward mine returned 1 values for 2 completions") as failed:
         call(lambda completions, **_: [1.0], completions=["a", "b"])
     assert failed.value.reason == "RewardFunctionFailed"
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, 8), (3, 2), (9, 2)])
+def test_the_ranks_share_what_the_sandboxes_take_at_the_same_time(ranks: int, parallel: int) -> None:
+    endpoints = ["http://piston:2000", "http://piston:2001"]
+    config = build_config(ranks=ranks, sandbox={"mode": "Piston", "endpoints": endpoints, "concurrency": 4})
+
+    sandbox = open_sandbox(config, environ={"POSTTRAIN_SANDBOX_URLS": ",".join(endpoints)})
+
+    assert sandbox is not None
+    assert (list(sandbox.urls), sandbox.parallel) == (endpoints, parallel)
+
+
+def build_config(*, ranks: int, sandbox: dict[str, Any]) -> TrainingConfig:
+    spec = TrainingRunSpec.model_validate(
+        {
+            "model": {"source": "org/model"},
+            "datasets": [{"source": "org/data"}],
+            "grpo": {"rewards": [{"name": "code"}], "sandbox": sandbox},
+        }
+    )
+    return TrainingConfig(
+        run=RunIdentity(kind="TrainingRun", namespace="team", name="demo"),
+        attempt=1,
+        method="grpo",
+        config_hash="",
+        spec=spec,
+        args={},
+        model=HubSource(repo="org/model", revision="main"),
+        datasets=(),
+        eval_datasets=(),
+        gang=GangShape(num_nodes=1, processes_per_node=ranks, gpus_per_node=0),
+    )

@@ -46,7 +46,10 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     def case(name: str, *rewards: dict[str, Any], rows: Path = rows, **more: Any) -> dict[str, Any]:
         given = list(rewards) or [{"name": "accuracy"}]
         config = build_grpo_config(model=tiny_model, rows=rows, rewards=given, **more)
-        return {"name": name, "config": config, "code": str(folder / "code")}
+        sandbox = config.spec.used_sandbox
+        urls = ",".join(sandbox.endpoints or ()) if sandbox is not None else ""
+        environ = {"environ": {"POSTTRAIN_SANDBOX_URLS": urls}} if urls else {}
+        return {"name": name, "config": config, "code": str(folder / "code"), **environ}
 
     cases = [
         case("good", {"name": "accuracy"}, {"function": "good_rewards:fair"}, systemPrompt="Think."),
@@ -72,6 +75,9 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
             {"function": "bad_rewards:few"},
             {"function": "bad_rewards:text"},
         ),
+        case("a server that is none", {"name": "code"}, grpo={
+            "sandbox": {"mode": "Piston", "endpoints": ["http://127.0.0.1:9"]}
+        }),
         case("async", {"function": "async_rewards:fair"}, {"function": "async_rewards:few"}),
         case("cispo", args={"loss_type": "cispo"}),
         case("cispo with a bound", args={"loss_type": "cispo", "epsilon_high": 5.0}),
@@ -113,6 +119,8 @@ BAD = [
     ("own rewards fail", "RewardFunctionFailed", "TypeError: 'int' object is not subscriptable"),
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:few returns 1 values for 3 completions"),
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 3 completions"),
+    ("a server that is none", "SandboxUnreachable", "the sandbox http://127.0.0.1:9/api/v2 does not answer as Piston"),
+    ("a server that is none", "DatasetColumnMissing", "reward code reads the column verification_info"),
     ("async", "RewardFunctionFailed", "spec.grpo.rewards[1].function: async_rewards:few returns 1 values for 3 comp"),
     ("vllm elsewhere", "PackageMissing", "spec.grpo.rollout.mode: Colocate needs the package vllm, which is not inst"),
     ("vllm elsewhere", "ConfigInvalid", "spec.grpo.args.vllm_max_model_length: 20 tokens are fewer than the longest p"),

@@ -183,3 +183,31 @@ def test_a_file_with_problems_writes_nothing(command: Command) -> None:
     assert code == 2
     assert "did you mean learning_rate?" in output and "output_dir: is set by posttrain" in output
     assert not (command.folder / ".posttrain").exists()
+
+
+def test_programs_out_of_completions_are_scored_in_a_sandbox_that_goes_with_the_run(
+    command: Command, tmp_path: Path
+) -> None:
+    tests = [{"input": str(number), "output": str(2 * number)} for number in (2, 21)]
+    row = {"problem": "Double it.", "verification_info": {"language": "python", "test_cases": tests}}
+    (tmp_path / "problems.jsonl").write_text(8 * (json.dumps(row) + "\n"))
+    rewarded = {"args": {**GRPO_ARGS, "max_steps": 2}, "rewards": [{"name": "code"}], "sandbox": {"concurrency": 2}}
+    del command.spec["sft"]
+    command.spec |= {
+        "datasets": [{"source": f"file://{tmp_path / 'problems.jsonl'}"}],
+        "promptColumn": "problem",
+        "grpo": {**rewarded, "trainerClass": "written_programs:ProgramTrainer"},
+        "code": {"path": str(Path(__file__).with_name("own_code"))},
+        "resources": {"gpusPerNode": 0, "processesPerNode": 1},
+        "prepare": {"enabled": False},
+    }
+
+    code, output = command.start().wait()
+
+    assert code == 0, output + command.logs()
+    logged = [fact.body.metrics for fact in command.facts() if fact.body.type == "Logged"]
+    steps = [metrics for metrics in logged if "loss" in metrics]
+    assert [float(metrics["rewards/code/mean"]) for metrics in steps] == [0.5, 0.5]
+    assert [float(metrics["rewards/code/unscored"]) for metrics in steps] == [0, 0]
+    assert "listening on http://127.0.0.1:" in command.run_folder.log_file("tiny-sandbox-0").read_text()
+    assert command.processes() == []

@@ -38,7 +38,7 @@ def train(rank: Rank) -> None:
     assert_world_size(config)  # before anything is written: two gangs of one would both be rank 0 of one storage
     set_seed(args.seed)
     callbacks, trainer_class = build_callbacks(config), load_trainer_class(config)
-    rewards = build_rewards(config)
+    rewards = build_rewards(config, environ=environ)
     found = choose_checkpoint(rank)
 
     tokenizer = load_tokenizer(config, environ=environ)

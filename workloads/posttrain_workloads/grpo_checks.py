@@ -21,8 +21,9 @@ from posttrain_workloads.formats import scan_rows
 from posttrain_workloads.outcome import KnownModel, Outcome
 from posttrain_workloads.problems import Findings, InvalidInputs, Problem, last_lines, refuse
 from posttrain_workloads.prompts import PROMPT, shape_prompts
+from posttrain_workloads.rewards.execution import ExecutionError
 from posttrain_workloads.runtime import RankFailure
-from posttrain_workloads.scoring import WatchedReward, build_rewards
+from posttrain_workloads.scoring import WatchedReward, build_rewards, open_sandbox
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +46,8 @@ def check_grpo(
     findings = outcome.findings
     rewards: list[WatchedReward] = []
     with findings.collect():
-        rewards = build_rewards(config)
+        rewards = build_rewards(config, environ=environ)
+    check_endpoints(config, findings, environ=environ)
     check_reference(config, findings)
     check_loss(config, findings)
     warn_of_unseen_weights(args, findings)
@@ -92,6 +94,23 @@ def check_reference(config: TrainingConfig, findings: Findings) -> None:
                 "model's own config.json",
             )
         )
+
+
+def check_endpoints(config: TrainingConfig, findings: Findings, *, environ: Mapping[str, str]) -> None:
+    """See that servers for programs that are not ours answer, and have any language; ours is not there yet."""
+    used, sandbox = config.spec.used_sandbox, open_sandbox(config, environ=environ)
+    if used is None or sandbox is None or used.mode == "Local":
+        return
+    path = "spec.grpo.sandbox.endpoints"
+    try:
+        languages = sandbox.languages()
+    except ExecutionError as error:
+        findings.add(Problem("SandboxUnreachable", f"{path}: {error}"))
+        return
+    for url, known in languages.items():
+        if not known:
+            message = f"{path}: the sandbox {url} has no language: install its packages, python and gcc"
+            findings.add(Problem("SandboxUnreachable", message))
 
 
 def check_loss(config: TrainingConfig, findings: Findings) -> None:

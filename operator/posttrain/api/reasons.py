@@ -217,6 +217,24 @@ _CATALOGUE = (
         message="The queue places pods by topology, which posttrain does not support.",
         advice="Use a queue whose ResourceFlavors have no topologyName.",
     ),
+    # The sandbox
+    Reason(
+        name="SandboxStarting",
+        message="The sandbox for programs out of completions is starting.",
+    ),
+    Reason(
+        name="SandboxFailed",
+        message="The sandbox ends instead of serving.",
+        advice="Its last words are in the message: where a wall does not hold, its node's kernel, or the RuntimeClass "
+        "or seccomp profile around it, is too old. Choose other nodes in the operator's settings (sandbox), or servers "
+        "of your own in spec.grpo.sandbox.",
+    ),
+    Reason(
+        name="SandboxUnreachable",
+        message="A server in spec.grpo.sandbox.endpoints does not answer as Piston does.",
+        advice="Check the address, that the server runs and has its languages installed, and that no network policy "
+        "keeps the run's pods from it.",
+    ),
     # Waiting
     Reason(
         name="Unschedulable",

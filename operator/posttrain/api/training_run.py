@@ -21,7 +21,8 @@ from posttrain.api.base import (
     StatusModel,
     Time,
 )
-from posttrain.api.grpo import Grpo
+from posttrain.api.grpo import Grpo, Sandbox
+from posttrain.api.rewards import REWARDS
 from posttrain.api.rules import Rule
 from posttrain.api.shapes import (
     Access,
@@ -324,6 +325,14 @@ class TrainingRunSpec(ApiModel):
         training = self.sft or self.grpo
         assert training is not None  # by the first of the rules
         return training
+
+    @property
+    def used_sandbox(self) -> Sandbox | None:
+        """Where the rewards run programs out of completions; None where none of them runs any."""
+        rewards = self.grpo.rewards if self.grpo is not None else ()
+        names = [reward.name for reward in rewards if reward.name is not None]
+        needed = any(name in REWARDS and REWARDS[name].needs_sandbox for name in names)
+        return ((self.grpo and self.grpo.sandbox) or Sandbox()) if needed else None
 
     @property
     def image_name(self) -> ImageName:

@@ -18,6 +18,8 @@ CONFIG_MAP: Kind = ("v1", "ConfigMap")
 SERVICE_ACCOUNT: Kind = ("v1", "ServiceAccount")
 CLAIM: Kind = ("v1", "PersistentVolumeClaim")
 EVENT: Kind = ("v1", "Event")
+SERVICE: Kind = ("v1", "Service")
+DEPLOYMENT: Kind = ("apps/v1", "Deployment")
 NETWORK_POLICY: Kind = ("networking.k8s.io/v1", "NetworkPolicy")
 JOB: Kind = ("batch/v1", "Job")
 PYTORCHJOB: Kind = ("kubeflow.org/v1", "PyTorchJob")
@@ -34,6 +36,8 @@ PLURALS: dict[Kind, str] = {
     SERVICE_ACCOUNT: "serviceaccounts",
     CLAIM: "persistentvolumeclaims",
     EVENT: "events",
+    SERVICE: "services",
+    DEPLOYMENT: "deployments",
     NETWORK_POLICY: "networkpolicies",
     JOB: "jobs",
     PYTORCHJOB: "pytorchjobs",
@@ -44,7 +48,9 @@ PLURALS: dict[Kind, str] = {
     TOKEN_REVIEW: "tokenreviews",
 }
 
-CHILDREN: tuple[Kind, ...] = (PYTORCHJOB, JOB, POD, CONFIG_MAP, SERVICE_ACCOUNT, CLAIM, NETWORK_POLICY, WORKLOAD)
+CHILDREN: tuple[Kind, ...] = (
+    *(PYTORCHJOB, JOB, DEPLOYMENT, POD, CONFIG_MAP, SERVICE_ACCOUNT, CLAIM, SERVICE, NETWORK_POLICY, WORKLOAD),
+)
 """What plans create, and the pods of it: watched by the label that all of them carry. Kueue need not be installed."""
 
 

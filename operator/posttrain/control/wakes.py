@@ -13,10 +13,12 @@ import orjson
 from posttrain.control.kinds import (
     CLAIM,
     CONFIG_MAP,
+    DEPLOYMENT,
     JOB,
     NETWORK_POLICY,
     POD,
     PYTORCHJOB,
+    SERVICE,
     SERVICE_ACCOUNT,
     TRAINING_RUN,
 )
@@ -50,7 +52,7 @@ _STARTING_SECONDS = 2.0
 """A gang that starts changes a dozen times on its way, and nothing is to be done about it."""
 _RUNNING_SECONDS = 1.0
 _JOB_ENDS = frozenset({"Succeeded", "Failed", "Complete"})
-_MADE_BY_PLANS = frozenset({SERVICE_ACCOUNT, NETWORK_POLICY, CONFIG_MAP, CLAIM, JOB, PYTORCHJOB})
+_MADE_BY_PLANS = frozenset({SERVICE_ACCOUNT, NETWORK_POLICY, CONFIG_MAP, CLAIM, SERVICE, DEPLOYMENT, JOB, PYTORCHJOB})
 MADE_SECONDS = 10.0
 """After something was made for a run: pods that come of it tell of themselves, long before that on a cluster that has
 time."""

@@ -49,6 +49,11 @@ def prepare_name(run: str) -> str:
     return f"{run}-prepare"
 
 
+def sandbox_name(run: str) -> str:
+    """Return the name of everything that the run's sandbox consists of, and its host name."""
+    return f"{run}-sandbox"
+
+
 def attempt_name(run: str, *, attempt: int) -> str:
     """Return the name of an attempt's PyTorchJob and of its ConfigMap."""
     return f"{run}-a{attempt}"

@@ -39,12 +39,17 @@ def explain_waiting(gang: Gang, *, job_events: Iterable[Manifest] = ()) -> Says:
         refused = _not_created(gang, job_events)
         if refused is not None:
             return refused
-    for pod in gang.pods:
-        obstacle = _unscheduled(pod) or _unpulled(pod)
-        if obstacle is not None:
-            return obstacle
+    obstacle = find_obstacle(gang.pods)
+    if obstacle is not None:
+        return obstacle
     ready = sum(1 for pod in gang.pods if pod_phase(pod) == "Running")
     return Says("False", "PodsStarting", f"{ready} of {gang.size} pods run")
+
+
+def find_obstacle(pods: Iterable[Manifest]) -> Says | None:
+    """Return what keeps the first of the pods that is kept from it from starting."""
+    found = (_unscheduled(pod) or _unpulled(pod) for pod in pods)
+    return next((obstacle for obstacle in found if obstacle is not None), None)
 
 
 def _not_created(gang: Gang, job_events: Iterable[Manifest]) -> Says | None:

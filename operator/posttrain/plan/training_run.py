@@ -29,6 +29,7 @@ from posttrain.plan.children import (
     prepare_children,
     prepare_refs,
     run_children,
+    sandbox_children,
 )
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.objects import code_hash
@@ -37,6 +38,7 @@ from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload, withdraw
 from posttrain.plan.references import foresee_end
+from posttrain.plan.sandbox import IMAGE_KEY, explain_unready, own_sandbox, sandbox_ref
 from posttrain.plan.signal import find_loss
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import is_commit
@@ -109,7 +111,7 @@ def preview_training_run(
     prepare = prepare_children(situation) if is_needed(situation) else ()
     first = replace(situation, status=run.status.model_copy(update={"attempt": 1}))
     workload = (build_run_workload(first, ask=first.ask),) if first.ask is not None else ()
-    return (*run_children(situation), *prepare, *workload, *attempt_children(first))
+    return (*run_children(situation), *prepare, *workload, *sandbox_children(first), *attempt_children(first))
 
 
 def _carried(situation: Situation) -> Situation:
@@ -308,12 +310,16 @@ def first_attempt(situation: Situation) -> Verdict | None:
     pinned = pin_profile(situation)
     provenance = commits.model_copy(
         update={
-            "image_digests": {"trainer": situation.image},
+            "image_digests": {"trainer": situation.image, **_sandbox_image(situation)},
             "profile": pinned.profile,
             "profile_name": pinned.profile_name,
         }
     )
     return begin_attempt(situation, changes={"provenance": provenance})
+
+
+def _sandbox_image(situation: Situation) -> dict[str, str]:
+    return {IMAGE_KEY: situation.sandbox_image} if own_sandbox(situation.run) is not None else {}
 
 
 def _with_commits(situation: Situation, preparation: Preparation) -> ProvenanceStatus:
@@ -389,7 +395,11 @@ def suspended(situation: Situation) -> Verdict | None:
             succeeded=says,
             quota_reserved=says if situation.ask is not None and situation.workload is None else None,
             changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
-            deletes=(*old_refs(situation), *withdraw(situation)),
+            deletes=(
+                *old_refs(situation),
+                *present_refs(situation, (sandbox_ref(situation.name),)),
+                *withdraw(situation),
+            ),
             deadlines=silences(situation),
         ),
     )
@@ -494,6 +504,14 @@ def cleaning_up(situation: Situation) -> Verdict | None:
     )
 
 
+def awaiting_sandbox(situation: Situation) -> Verdict | None:
+    """The programs of the first completions would find no sandbox: no gang is made before it serves."""
+    if situation.was_created or own_sandbox(situation.run) is None:
+        return None
+    waits = explain_unready(situation.name, situation.observed)
+    return go_on(situation, waits=waits) if waits is not None else None
+
+
 def starting(situation: Situation) -> Verdict | None:
     """Nothing stands in the way of the attempt: its job is made."""
     if situation.was_created:
@@ -533,6 +551,7 @@ _CHECKS: tuple[Check, ...] = (
     stalled,  # nothing was heard past progressDeadlineSeconds
     cleaning_up,  # the attempt before is not gone yet
     awaiting_quota,  # nothing of an attempt is there before its quota
+    awaiting_sandbox,  # nothing is trained before its programs can be run
     starting,  # make the attempt's job
     running,  # wait for events
 )

@@ -13,7 +13,7 @@ from posttrain.api.methods import table_of
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Cause
-from posttrain.plan.children import attempt_children, frozen_job, run_children
+from posttrain.plan.children import attempt_children, frozen_job, run_children, sandbox_children
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
@@ -23,6 +23,7 @@ from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
 from posttrain.plan.quota import explain_quota, report_pods_ready
+from posttrain.plan.sandbox import sandbox_ref
 from posttrain.plan.signal import explain_signal
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.status import Says, Verdict
@@ -130,7 +131,7 @@ def go_on(
             pods_ready=pods_ready,
             succeeded=Says("False", "InProgress", message),
             changes={"hold": None},
-            objects=(*objects, *_lost_config_map(situation), *frozen_job(situation)),
+            objects=(*sandbox_children(situation), *objects, *_lost_config_map(situation), *frozen_job(situation)),
             deletes=(*old_refs(situation), *deletes),
             patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),
@@ -297,7 +298,7 @@ def old_refs(situation: Situation) -> tuple[ObjectRef, ...]:
 
 def holding_refs(situation: Situation) -> tuple[ObjectRef, ...]:
     """Return the children of an ended run that still hold something: live pods do. A job that ended keeps its logs."""
-    refs = list(situation.old_children)
+    refs = [*situation.old_children, sandbox_ref(situation.name)]
     if situation.live_trainer_pods or (situation.gang.job is not None and situation.gang.job.phase == "Pending"):
         refs.append(job_ref(situation.name, attempt=situation.attempt))
     prepare = situation.observed.objects.get(prepare_ref(situation.name))

@@ -521,6 +521,16 @@ def test_the_pending_deadline_counts_the_wait_for_quota() -> None:
     assert status_of(patch)["conditions"]["Finished"] == ("True", "Failed")
 
 
+def test_the_sandbox_is_there_only_while_quota_is() -> None:
+    run = queued(sft=None, grpo={"rewards": [{"name": "code"}], "args": {"max_steps": 20}})
+    (sandbox,) = (m for m in plan(run, observe(HELD)).objects if m["kind"] == "Deployment")
+    waiting = build_observed_workload(PENDING)
+
+    assert kinds(plan(run, observe(waiting))).isdisjoint({"Deployment", "PyTorchJob"})
+    assert ObjectRef.of(sandbox) in plan(run, observe(waiting, sandbox)).deletes
+    assert ObjectRef.of(sandbox) not in plan(run, observe(HELD, sandbox)).deletes
+
+
 def test_a_gang_that_was_evicted_before_it_ran_has_waited_since_it_was_queued() -> None:
     pending = build_observed_workload(PENDING)
     waiting = build_pod("demo", phase="Pending")

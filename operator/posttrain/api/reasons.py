@@ -269,7 +269,7 @@ _CATALOGUE = (
     ),
     Reason(
         name="PendingDeadlineExceeded",
-        message="The gang waited longer than spec.pendingDeadlineSeconds for its quota and its pods.",
+        message="The gang waited longer than spec.pendingDeadlineSeconds for its quota, its sandbox and its pods.",
         advice="Ask for less, or raise the deadline.",
     ),
     Reason(

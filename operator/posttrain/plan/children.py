@@ -25,7 +25,7 @@ from posttrain.plan.objects import (
 from posttrain.plan.prepare_job import build_prepare_job, prepare_ref
 from posttrain.plan.pytorchjob import build_pytorchjob, job_ref
 from posttrain.plan.quantities import parse_quantity
-from posttrain.plan.sandbox import build_sandbox, own_sandbox, sandbox_ref, sandbox_urls
+from posttrain.plan.sandbox import build_sandbox, sandbox_ref, sandbox_urls
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.trainer_pod import Assignment, PodInputs
 from posttrain.plan.types import Manifest, ObjectRef
@@ -87,7 +87,7 @@ def sandbox_children(situation: Situation) -> tuple[Manifest, ...]:
 
 
 def _sandbox_parts(situation: Situation) -> tuple[Manifest, ...]:
-    sandbox = own_sandbox(situation.run)
+    sandbox = situation.run.spec.own_sandbox
     if sandbox is None:
         return ()
     return build_sandbox(situation.run, sandbox, image=situation.sandbox_image, settings=situation.settings)

@@ -38,7 +38,7 @@ from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload, withdraw
 from posttrain.plan.references import foresee_end
-from posttrain.plan.sandbox import IMAGE_KEY, explain_unready, own_sandbox, sandbox_ref
+from posttrain.plan.sandbox import IMAGE_KEY, explain_unready, sandbox_ref
 from posttrain.plan.signal import find_loss
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import is_commit
@@ -319,7 +319,7 @@ def first_attempt(situation: Situation) -> Verdict | None:
 
 
 def _sandbox_image(situation: Situation) -> dict[str, str]:
-    return {IMAGE_KEY: situation.sandbox_image} if own_sandbox(situation.run) is not None else {}
+    return {IMAGE_KEY: situation.sandbox_image} if situation.run.spec.own_sandbox is not None else {}
 
 
 def _with_commits(situation: Situation, preparation: Preparation) -> ProvenanceStatus:
@@ -506,10 +506,9 @@ def cleaning_up(situation: Situation) -> Verdict | None:
 
 def awaiting_sandbox(situation: Situation) -> Verdict | None:
     """The programs of the first completions would find no sandbox: no gang is made before it serves."""
-    if situation.was_created or own_sandbox(situation.run) is None:
+    if situation.was_created or situation.run.spec.own_sandbox is None:
         return None
-    waits = explain_unready(situation.name, situation.observed)
-    return go_on(situation, waits=waits) if waits is not None else None
+    return go_on(situation) if explain_unready(situation.name, situation.observed) is not None else None
 
 
 def starting(situation: Situation) -> Verdict | None:

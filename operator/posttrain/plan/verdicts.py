@@ -23,7 +23,7 @@ from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
 from posttrain.plan.quota import explain_quota, report_pods_ready
-from posttrain.plan.sandbox import sandbox_ref
+from posttrain.plan.sandbox import explain_unready, sandbox_ref
 from posttrain.plan.signal import explain_signal
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.status import Says, Verdict
@@ -87,9 +87,13 @@ def say_prepared(situation: Situation) -> Says:
 
 
 def explain_gang(situation: Situation) -> Says:
-    """Return why not every pod of the current attempt runs: it has no quota, or what stands in the way of its pods."""
-    if not situation.was_created and not situation.has_quota:
+    """Return why not every pod of the current attempt runs: no quota, no sandbox yet, or what its pods wait for."""
+    if situation.awaits_quota:
         return explain_quota(situation)
+    if not situation.was_created and situation.run.spec.own_sandbox is not None:
+        unready = explain_unready(situation.name, situation.observed)
+        if unready is not None:
+            return unready
     return explain_waiting(situation.gang, job_events=situation.observed.job_events)
 
 
@@ -112,11 +116,14 @@ def go_on(
     if situation.status.attempt_running_time is not None:
         trains = progress is not None and progress.attempt_start is not None
         stage, told = ("Training", told or "the gang trains") if trains else (stage, told or "the gang loads")
-    elif not situation.was_created and not situation.has_quota:
+    elif situation.awaits_quota:
         stage, told = "Queued", f"waiting for quota: {told}"
     elif failure is not None and failure.attempt == situation.attempt - 1:
         stage = "Restarting"
     message = message or f"attempt {situation.attempt}: {told}"
+    # Like the gang, the sandbox holds nothing while there is no quota.
+    sandbox = () if situation.awaits_quota else sandbox_children(situation)
+    spare = present_refs(situation, (sandbox_ref(situation.name),)) if situation.awaits_quota else ()
     times = (
         active_deadline(situation),
         pending_deadline(situation),
@@ -131,8 +138,8 @@ def go_on(
             pods_ready=pods_ready,
             succeeded=Says("False", "InProgress", message),
             changes={"hold": None},
-            objects=(*sandbox_children(situation), *objects, *_lost_config_map(situation), *frozen_job(situation)),
-            deletes=(*old_refs(situation), *deletes),
+            objects=(*sandbox, *objects, *_lost_config_map(situation), *frozen_job(situation)),
+            deletes=(*old_refs(situation), *spare, *deletes),
             patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),
         ),

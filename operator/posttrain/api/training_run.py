@@ -65,6 +65,9 @@ MUTABLE_GRPO_FIELDS = frozenset({"signal"})
 MUTABLE_RESOURCES_FIELDS = frozenset({"queueName", "workloadPriorityClass", "profile", "numNodes"})
 """Only while the run holds no quota: the gang is not there, and what is asked of the queue can still change."""
 
+MUTABLE_PARTS = {"checkpoints": MUTABLE_CHECKPOINT_FIELDS, "grpo": MUTABLE_GRPO_FIELDS}
+"""The objects in the spec of which some fields may change at any time, by name."""
+
 
 class Sft(ApiModel):
     """Supervised fine-tuning with TRL's SFTTrainer."""

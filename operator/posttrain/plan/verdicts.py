@@ -304,9 +304,14 @@ def old_refs(situation: Situation) -> tuple[ObjectRef, ...]:
 
 
 def holding_refs(situation: Situation) -> tuple[ObjectRef, ...]:
-    """Return the children of an ended run that still hold something: live pods do. A job that ended keeps its logs."""
+    """Return the children of an ended run that still hold something: live pods do. A job that ended keeps its logs.
+
+    One that succeeded does before its last worker has ended: the training operator takes back what still runs then.
+    """
     refs = [*situation.old_children, sandbox_ref(situation.name)]
-    if situation.live_trainer_pods or (situation.gang.job is not None and situation.gang.job.phase == "Pending"):
+    job = situation.gang.job
+    succeeded = job is not None and job.phase == "Succeeded"
+    if (situation.live_trainer_pods and not succeeded) or (job is not None and job.phase == "Pending"):
         refs.append(job_ref(situation.name, attempt=situation.attempt))
     prepare = situation.observed.objects.get(prepare_ref(situation.name))
     if prepare is not None and parse_prepare_state(prepare).phase == "Pending":

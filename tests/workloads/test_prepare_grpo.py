@@ -12,6 +12,7 @@ from tests.workloads._prepare_configs import run_cases, write_jsonl
 
 pytestmark = pytest.mark.workloads
 
+SERVICES = {"E2B_API_URL": "http://127.0.0.1:9", "MORPH_BASE_URL": "http://127.0.0.1:9"}
 OWN_CODE = {
     "good_rewards.py": "def fair(completions, answer, **columns):\n    return [float(a) for a in answer]\n",
     "bad_rewards.py": (
@@ -64,7 +65,7 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         config = build_grpo_config(model=tiny_model, rows=rows, rewards=given, **more)
         sandbox = config.spec.used_sandbox
         urls = ",".join(sandbox.endpoints or ()) if sandbox is not None else ""
-        environ = {"environ": {"POSTTRAIN_SANDBOX_URLS": urls}} if urls else {}
+        environ = {"environ": {"POSTTRAIN_SANDBOX_URLS": urls, "POSTTRAIN_SANDBOX_KEY": "e2b_x", **SERVICES}}
         return {"name": name, "config": config, "code": str(folder / "code"), **environ}
 
     cases = [
@@ -93,6 +94,9 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         ),
         case("a server that is none", {"name": "code"}, grpo={
             "sandbox": {"mode": "Piston", "endpoints": ["http://127.0.0.1:9"]}
+        }),
+        case("a service that is none", {"name": "code"}, grpo={
+            "sandbox": {"mode": "Morph", "apiKeySecretRef": {"name": "morph", "key": "k"}, "template": "snapshot_x"}
         }),
         case("async", {"function": "async_rewards:fair"}, {"function": "async_rewards:few"}),
         case("strict", {"function": "strict_rewards:as_in_a_step"}),
@@ -145,6 +149,7 @@ BAD = [
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:few returns 1 values for 6 completions"),
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 6 completions"),
     ("a server that is none", "SandboxUnreachable", "the sandbox http://127.0.0.1:9/api/v2 does not answer as Piston"),
+    ("a service that is none", "SandboxUnreachable", "spec.grpo.sandbox: no machine of Morph ran it in 3 attempts; th"),
     ("a server that is none", "DatasetColumnMissing", "reward code reads the column verification_info"),
     ("async", "RewardFunctionFailed", "spec.grpo.rewards[1].function: async_rewards:few returns 1 values for 6 comp"),
     ("vllm elsewhere", "PackageMissing", "spec.grpo.rollout.mode: Colocate needs the package vllm, which is not inst"),

@@ -39,7 +39,16 @@ OWN_CODE = {
         "def three(prompts, trainer, tries):\n    return {}\n\n"
         "async def awaited(prompts, trainer):\n    return {}\n\n"
         "class Made:\n    pass\n\n"
-        "made = Made()\n"
+        "made = Made()\n\n"
+        "class Game:\n"
+        "    def reset(self, **row):\n        return None\n\n"
+        "    def guess(self, number: int) -> str:\n"
+        "        'Say it.\\n\\nArgs:\\n    number: a number'\n"
+        "        return 'no'\n\n"
+        "class Mute(Game):\n"
+        "    def shout(self, number):\n        return 'no'\n\n"
+        "class Broken(Game):\n"
+        "    def __init__(self):\n        raise OSError('no board')\n"
     ),
 }
 
@@ -105,8 +114,12 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         ), grpo={"rolloutFunction": "rollouts:right"}),
         *(
             case(name, grpo={"rolloutFunction": name})
-            for name in ("rollouts:three", "rollouts:awaited", "rollouts:Made", "rollouts:made", "rollouts:other")
+            for name in (
+                *("rollouts:three", "rollouts:awaited", "rollouts:Made", "rollouts:made", "rollouts:other"),
+                *("rollouts:Game", "rollouts:Mute", "rollouts:Broken"),
+            )
         ),
+        case("together", grpo={"rolloutFunction": "rollouts:Game"}, ranks=2, parallelism={"strategy": "ZeRO3"}),
         case("cispo", args={"loss_type": "cispo"}),
         case("cispo with a bound", args={"loss_type": "cispo", "epsilon_high": 5.0}),
         case("reference", args={"beta": 0.1}, model_fields={"config": {"rope_theta": 5.0}}),
@@ -156,9 +169,13 @@ BAD = [
     ("vllm elsewhere", "ConfigInvalid", "spec.grpo.args.vllm_max_model_length: 20 tokens are fewer than the longest p"),
     ("rollouts:three", "CodeImportFailed", "calls rollouts:three(prompts, trainer): missing a required argument: 'tri"),
     ("rollouts:awaited", "CodeImportFailed", "rollouts:awaited is async def, and the trainer does not await it"),
-    ("rollouts:Made", "CodeImportFailed", "rollouts:Made is a class, and it takes a function of prompts and trainer"),
+    ("rollouts:Made", "CodeImportFailed", "rollouts:Made is a class without a method reset, which begins an episode"),
     ("rollouts:made", "CodeImportFailed", "rollouts:made is of type Made, and it takes a function of prompts and tra"),
-    ("rollouts:other", "CodeImportFailed", "spec.grpo.rolloutFunction: module rollouts has no other; it defines Made"),
+    ("rollouts:Game", "ConfigInvalid", "the model's chat template knows no tools: name one of TRL's in spec.model.ch"),
+    ("rollouts:Mute", "CodeImportFailed", "Mute.shout cannot be shown to the model as a tool: "),
+    ("rollouts:Broken", "CodeImportFailed", "OSError: no board"),
+    ("together", "ConfigInvalid", "with spec.parallelism.strategy: ZeRO3 the ranks generate together, and would wai"),
+    ("rollouts:other", "CodeImportFailed", "spec.grpo.rolloutFunction: module rollouts has no other; it defines Brok"),
     ("reference", "ConfigInvalid", "the reference model is loaded without the overrides of spec.model.config"),
 ]  # fmt: skip
 

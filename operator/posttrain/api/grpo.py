@@ -178,8 +178,9 @@ class Grpo(ApiModel):
     rollout_function: EntryPoint | None = Field(
         default=None,
         description="`module:name` in `code` of a function that makes the completions, in several turns or with what "
-        "an environment answers: it is given the prompts of a rank and the trainer. docs/rollouts.md says what it "
-        "returns. Default: none, the model completes each prompt once.",
+        "an environment answers: it is given the prompts of a rank and the trainer; or of a class of environments, "
+        "whose methods the model calls as tools. docs/rollouts.md says more. Default: none, the model completes each "
+        "prompt once.",
         examples=["turns:answer_twice"],
     )
     rewards: tuple[Reward, ...] = Field(

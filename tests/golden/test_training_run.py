@@ -30,6 +30,7 @@ def load_observed(data: dict[str, Any]) -> Observed:
         foreign=frozenset(refs),
         config_maps=data.get("configMaps", {}),
         job_events=tuple(data.get("jobEvents", [])),
+        server_key=data.get("serverKey", ""),
         kueue=data.get("kueue", False),
         flavors={flavor["metadata"]["name"]: flavor for flavor in data.get("flavors", [])},
         priorities=data.get("priorities", {}),

@@ -29,7 +29,10 @@ class ClusterRun:
         self.name = name
 
     def apply(self, **changes: Any) -> None:
-        """Make the run: two nodes with a GPU each, no prepare, the claim `shared`; `changes` replace fields of it."""
+        """Make the run: two nodes with a GPU each, no prepare, the claim `shared`.
+
+        `changes` replace fields of its spec, and None removes one.
+        """
         spec = build_spec(
             resources={"numNodes": 2, "gpusPerNode": 1},
             prepare={"enabled": False},
@@ -41,7 +44,7 @@ class ClusterRun:
                     "apiVersion": "posttrain.dev/v1alpha1",
                     "kind": "TrainingRun",
                     "metadata": {"name": self.name, "namespace": self.namespace},
-                    "spec": {**spec, **changes},
+                    "spec": {name: value for name, value in {**spec, **changes}.items() if value is not None},
                 }
             ]
         )

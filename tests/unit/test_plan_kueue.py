@@ -173,7 +173,7 @@ def test_the_wait_begins_with_the_workload_and_anew_when_it_was_released() -> No
 
 
 def test_what_is_asked_for_is_read_back() -> None:
-    assert parse_workload(build_observed_workload(nodes=4)).ask == Ask(queue="team-a", nodes=4, profile="")
+    assert parse_workload(build_observed_workload(nodes=4)).ask == Ask(queue="team-a", pods=4, profile="")
 
 
 @pytest.mark.parametrize("reason", ["Inadmissible", "Misconfigured", "Suspended"])
@@ -207,7 +207,7 @@ def test_pods_go_where_flavors_and_admission_checks_say() -> None:
             RESERVED, ADMITTED, status={**admission("gpu", "cpu", "gpu"), "admissionChecks": checks}
         )
     )
-    assignment = build_assignment(state, flavors)
+    assignment = build_assignment(state, flavors, pod_set="trainer")
 
     assert assignment.node_selector == {"zone": "a", "pool": "gpu", "n": "1"}
     assert assignment.tolerations == (taint,)

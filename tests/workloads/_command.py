@@ -81,10 +81,10 @@ class Command:
 
     def wait_for_checkpoint(self, step: int) -> None:
         marker = self.run_folder.storage / f"checkpoint-{step}" / ".posttrain-complete.json"
-        wait_for(marker.exists, what=f"checkpoint {step}: {self.run_folder.path}", seconds=WAIT_SECONDS)
+        wait_for(marker.exists, what=f"checkpoint {step}: {self.run_folder.path}", seconds=self.wait_seconds)
 
-    def processes(self, *, rank: int | None = None) -> list[int]:
-        """Return the living processes of its pods, or only those of a rank, which their environment tells."""
+    def processes(self, *, rank: int | None = None, pod: str | None = None) -> list[int]:
+        """Return the living processes of its pods, or only those of a rank or a pod, which their environment tells."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -93,7 +93,9 @@ class Command:
                 continue
             variables = environment.split(b"\0")
             ours = f"POSTTRAIN_RUNTIME={self.run_folder.path}".encode() in environment
-            if ours and (rank is None or (f"RANK={rank}".encode() in variables and b"LOCAL_RANK=" in environment)):
+            of_rank = rank is None or (f"RANK={rank}".encode() in variables and b"LOCAL_RANK=" in environment)
+            of_pod = pod is None or f"POSTTRAIN_POD_NAME={pod}".encode() in variables
+            if ours and of_rank and of_pod:
                 found.append(int(process.name))
         return found
 

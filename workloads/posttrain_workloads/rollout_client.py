@@ -34,6 +34,9 @@ _NCCL = "nccl"
 _UPDATE_SECONDS = 1800.0
 """For all tensors of a hand-over."""
 _POLL_SECONDS = 0.0002
+_ABANDONED = "abandoned"
+_NONE_BEGUN = "finish_weight_update called without a matching start_weight_update"
+"""vLLM's answer where there is no hand-over to end (v1/worker/gpu_worker.py)."""
 _BLAME_SECONDS = 5.0
 """How long a broken broadcast waits for the server that broke it to be known."""
 _Answer = TypeVar("_Answer")
@@ -168,6 +171,7 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
                 )
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # where vLLM opens the trainer's end
+        self._each(_abandon_hand_over)
         self._open_group()
         atexit.register(self.close_communicator)
 
@@ -294,6 +298,19 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
 
     def _ask_each(self, path: str, body: Any = None) -> list[Any]:
         return self._each(lambda server: server.ask("POST", path, BROADCAST_SECONDS, body))
+
+
+def _abandon_hand_over(server: RolloutServer) -> None:
+    """End the hand-over that a trainer before this one left half done: a server in the middle of one begins no other.
+
+    The half of its weights that are new matter to nobody: the version is of no trainer.
+    """
+    try:
+        server.ask("POST", "/finish_weight_update", BROADCAST_SECONDS, {"weight_version": _ABANDONED})
+    except ServerLost as error:
+        if _NONE_BEGUN not in str(error):
+            raise
+        server.session.close()  # the server leaves a connection on which it failed
 
 
 def _generate(

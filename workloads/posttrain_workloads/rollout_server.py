@@ -14,22 +14,30 @@ from requests.adapters import HTTPAdapter
 from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
 
+from posttrain.contract.environment import ROLLOUT_KEY
+from posttrain.contract.result import ExitCode
+from posttrain_workloads.runtime import RankFailure
+
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
 """For a request that a healthy server answers at once."""
 ROLLOUT_SECONDS = 3600.0
 """For a batch of completions."""
 _READY_POLL_SECONDS = 1.0
-_API_KEY = "VLLM_API_KEY"
-"""vLLM's own variable: the servers ask for the key that stands in it."""
 
 
-class RolloutError(Exception):
+class RolloutError(RankFailure):
     """The rollout servers cannot do what was asked of them; the message names the server and the likely cause."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("RolloutFailed", message)
 
 
 class ServerLost(RolloutError):
     """A server does not answer, or lost what it had been given. It may be back after a restart."""
+
+    def __init__(self, message: str) -> None:
+        RankFailure.__init__(self, "ServerLost", message, exit_code=ExitCode.TRANSIENT)
 
 
 class RolloutServer(VLLMClient):  # type: ignore[misc]
@@ -41,7 +49,7 @@ class RolloutServer(VLLMClient):  # type: ignore[misc]
         self.session = requests.Session()
         # A request that never reached the server is repeated, and no other.
         self.session.mount("http://", HTTPAdapter(max_retries=Retry(total=0, connect=2, backoff_factor=0.5)))
-        if key := os.environ.get(_API_KEY):
+        if key := os.environ.get(ROLLOUT_KEY):
             self.session.headers["Authorization"] = f"Bearer {key}"
 
     def await_ready(self, deadline: float) -> None:
@@ -103,7 +111,9 @@ class RolloutServer(VLLMClient):  # type: ignore[misc]
                 "in the trainer's version of vLLM"
             )
         if answer.status_code == 401:
-            raise RolloutError(f"the rollout server {self.base_url} refused the key in ${_API_KEY}: give both the same")
+            raise RolloutError(
+                f"the rollout server {self.base_url} refused the key in ${ROLLOUT_KEY}: give both the same"
+            )
         if answer.status_code != 200:
             message = (
                 f"the rollout server {self.base_url} answered {asked} with {answer.status_code}: {answer.text[:500]}"

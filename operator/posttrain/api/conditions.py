@@ -16,13 +16,24 @@ ConditionStatus = Literal["True", "False", "Unknown"]
 ACCEPTED = "Accepted"
 PREPARED = "Prepared"
 QUOTA_RESERVED = "QuotaReserved"
+SERVER_READY = "ServerReady"
 PODS_READY = "PodsReady"
 SUCCEEDED = "Succeeded"
 FINISHED = "Finished"
 READY = "Ready"
 STALLED = "Stalled"
 
-TRAINING_RUN_CONDITIONS = (ACCEPTED, PREPARED, QUOTA_RESERVED, PODS_READY, SUCCEEDED, FINISHED, READY, STALLED)
+TRAINING_RUN_CONDITIONS = (
+    ACCEPTED,
+    PREPARED,
+    QUOTA_RESERVED,
+    SERVER_READY,
+    PODS_READY,
+    SUCCEEDED,
+    FINISHED,
+    READY,
+    STALLED,
+)
 """Every condition of a TrainingRun, in the order in which they are shown; all are present from the first plan."""
 
 MESSAGE_MAX_LENGTH = 2048

@@ -23,6 +23,7 @@ from posttrain.api.base import (
 )
 from posttrain.api.grpo import Grpo
 from posttrain.api.rules import Rule
+from posttrain.api.servers import RolloutServers
 from posttrain.api.shapes import (
     Access,
     Callback,
@@ -322,6 +323,18 @@ class TrainingRunSpec(ApiModel):
         training = self.sft or self.grpo
         assert training is not None  # by the first of the rules
         return training
+
+    @property
+    def rollout_servers(self) -> RolloutServers | None:
+        """The servers that generate its completions, where it has any."""
+        return self.grpo.rollout.server if self.grpo is not None else None
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the gang and of its servers."""
+        servers = self.rollout_servers
+        beside = servers.replicas * servers.gpus_per_node if servers is not None else 0
+        return self.resources.num_nodes * self.resources.gpus_per_node + beside
 
     @property
     def image_name(self) -> ImageName:

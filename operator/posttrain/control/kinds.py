@@ -17,7 +17,10 @@ POD: Kind = ("v1", "Pod")
 CONFIG_MAP: Kind = ("v1", "ConfigMap")
 SERVICE_ACCOUNT: Kind = ("v1", "ServiceAccount")
 CLAIM: Kind = ("v1", "PersistentVolumeClaim")
+SECRET: Kind = ("v1", "Secret")
+SERVICE: Kind = ("v1", "Service")
 EVENT: Kind = ("v1", "Event")
+STATEFUL_SET: Kind = ("apps/v1", "StatefulSet")
 NETWORK_POLICY: Kind = ("networking.k8s.io/v1", "NetworkPolicy")
 JOB: Kind = ("batch/v1", "Job")
 PYTORCHJOB: Kind = ("kubeflow.org/v1", "PyTorchJob")
@@ -33,7 +36,10 @@ PLURALS: dict[Kind, str] = {
     CONFIG_MAP: "configmaps",
     SERVICE_ACCOUNT: "serviceaccounts",
     CLAIM: "persistentvolumeclaims",
+    SECRET: "secrets",
+    SERVICE: "services",
     EVENT: "events",
+    STATEFUL_SET: "statefulsets",
     NETWORK_POLICY: "networkpolicies",
     JOB: "jobs",
     PYTORCHJOB: "pytorchjobs",
@@ -44,8 +50,22 @@ PLURALS: dict[Kind, str] = {
     TOKEN_REVIEW: "tokenreviews",
 }
 
-CHILDREN: tuple[Kind, ...] = (PYTORCHJOB, JOB, POD, CONFIG_MAP, SERVICE_ACCOUNT, CLAIM, NETWORK_POLICY, WORKLOAD)
-"""What plans create, and the pods of it: watched by the label that all of them carry. Kueue need not be installed."""
+CHILDREN: tuple[Kind, ...] = (
+    PYTORCHJOB,
+    JOB,
+    STATEFUL_SET,
+    POD,
+    CONFIG_MAP,
+    SERVICE_ACCOUNT,
+    CLAIM,
+    SERVICE,
+    NETWORK_POLICY,
+    WORKLOAD,
+)
+"""What plans create, and the pods of it: watched by the label that all of them carry. Kueue need not be installed.
+
+But for a Secret, which is created and never looked at.
+"""
 
 
 def resource_path(kind: Kind, *, namespace: str = "", name: str = "", subresource: str = "") -> str:

@@ -6,6 +6,7 @@ is the plan's. What is kept in memory, objects that stand in the way, is found a
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,7 +22,7 @@ from posttrain.control.authority import Authority, ForeignAuthority
 from posttrain.control.cache import Cache, RunKey
 from posttrain.control.drift import has_drifted
 from posttrain.control.events import build_event
-from posttrain.control.kinds import CONFIG_MAP, EVENT, POD, PYTORCHJOB, TRAINING_RUN, WORKLOAD
+from posttrain.control.kinds import CONFIG_MAP, EVENT, POD, PYTORCHJOB, SECRET, TRAINING_RUN, WORKLOAD
 from posttrain.control.observe import Belongings, is_of_run, sort_belongings
 from posttrain.control.port import (
     MANAGER,
@@ -149,6 +150,7 @@ class Reconciler:
             runs=self._referenced_runs(run),
             referrers=self._live_referrers(run),
             job_events=await self._job_events(run, belongings),
+            server_key=secrets.token_urlsafe(32),
             kueue=self._cache.is_served(WORKLOAD),
             flavors=await self._queues.flavors(_flavors_of(run, belongings)),
             priorities=await self._queues.priorities(_priority_classes_of(run)),
@@ -250,12 +252,15 @@ class Reconciler:
         try:
             made = await self._cluster.create(wanted)
         except AlreadyExists:
-            await self._find(wanted, run, obstacles)
+            # Nobody else's bears a Secret's name, and the operator may not look at one.
+            if (ref.api_version, ref.kind) != SECRET:
+                await self._find(wanted, run, obstacles)
         except (Rejected, NotFound) as error:
             # Not found: what it belongs to, its kind among it, is not there.
             obstacles.rejected[ref] = str(error)
         else:
-            self._cache.put(made, own=True)
+            if (ref.api_version, ref.kind) != SECRET:
+                self._cache.put(made, own=True)
             log.info("created", run=_name(run), kind=ref.kind, name=ref.name)
 
     async def _find(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:

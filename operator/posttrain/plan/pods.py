@@ -40,11 +40,16 @@ def explain_waiting(gang: Gang, *, job_events: Iterable[Manifest] = ()) -> Says:
         if refused is not None:
             return refused
     for pod in gang.pods:
-        obstacle = _unscheduled(pod) or _unpulled(pod)
+        obstacle = find_obstacle(pod)
         if obstacle is not None:
             return obstacle
     ready = sum(1 for pod in gang.pods if pod_phase(pod) == "Running")
     return Says("False", "PodsStarting", f"{ready} of {gang.size} pods run")
+
+
+def find_obstacle(pod: Manifest) -> Says | None:
+    """Return what keeps a pod from running, as far as its own status tells."""
+    return _unscheduled(pod) or _unpulled(pod)
 
 
 def _not_created(gang: Gang, job_events: Iterable[Manifest]) -> Says | None:

@@ -51,6 +51,7 @@ class Verdict:
     accepted: Says | None = None
     prepared: Says | None = None
     quota_reserved: Says | None = None
+    server_ready: Says | None = None
     pods_ready: Says | None = None
     finished: bool = False
     stalled: bool = False
@@ -70,7 +71,7 @@ def carry_facts(situation: Situation) -> TrainingRunStatus:
     changes: dict[str, Any] = {
         "observed_generation": run.metadata.generation,
         "method": run.spec.method.upper(),
-        "gpus": run.spec.resources.num_nodes * run.spec.resources.gpus_per_node,
+        "gpus": run.spec.gpus,
         "progress": None,
     }
     if situation.attempt:
@@ -150,6 +151,7 @@ def _conditions(situation: Situation, verdict: Verdict) -> list[Condition]:
         conditions.ACCEPTED: verdict.accepted,
         conditions.PREPARED: verdict.prepared,
         conditions.QUOTA_RESERVED: _in_brief(verdict.quota_reserved),
+        conditions.SERVER_READY: _in_brief(verdict.server_ready),
         conditions.PODS_READY: _in_brief(verdict.pods_ready),
         conditions.SUCCEEDED: succeeded,
         conditions.FINISHED: settled if verdict.finished else under_way,

@@ -29,6 +29,8 @@ from posttrain.plan.children import (
     prepare_children,
     prepare_refs,
     run_children,
+    server_children,
+    server_refs,
 )
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.objects import code_hash
@@ -37,6 +39,7 @@ from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload, withdraw
 from posttrain.plan.references import foresee_end
+from posttrain.plan.servers import explain_servers, never_answers
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import is_commit
 from posttrain.plan.status import Says, Verdict, carry_facts, derive_events, next_status
@@ -102,12 +105,12 @@ def preview_training_run(
     """
     reference = run.spec.model.run_ref
     runs = {reference.name: foresee_end(reference.name, beside=beside)} if reference is not None else {}
-    observed = Observed(runs=runs)
+    observed = Observed(runs=runs, server_key="<made by the operator>")
     situation = Situation(run=run, status=run.status, observed=observed, now=now, settings=settings)
     prepare = prepare_children(situation) if is_needed(situation) else ()
     first = replace(situation, status=run.status.model_copy(update={"attempt": 1}))
     workload = (build_run_workload(first, ask=first.ask),) if first.ask is not None else ()
-    return (*run_children(situation), *prepare, *workload, *attempt_children(first))
+    return (*run_children(situation), *prepare, *workload, *server_children(first), *attempt_children(first))
 
 
 def _carried(situation: Situation) -> Situation:
@@ -222,6 +225,16 @@ def _awaiting(message: str) -> Verdict:
         accepted=Says("False", "ReferencePending", message),
         succeeded=Says("False", "InProgress", message),
     )
+
+
+def servers_unprotected(situation: Situation) -> Verdict | None:
+    """Its rollout servers would take weights from everybody: nothing is begun."""
+    settings = situation.settings
+    if situation.attempt or situation.run.spec.rollout_servers is None:
+        return None
+    if settings.enforces_network_policies or settings.open_rollout_servers:
+        return None
+    return refuse(situation, "NetworkPolicyNotEnforced", REASONS["NetworkPolicyNotEnforced"].message)
 
 
 # --- Before the first attempt ----------------------------------------------------------------------------------------
@@ -383,11 +396,12 @@ def suspended(situation: Situation) -> Verdict | None:
         Verdict(
             stage="Suspended",
             prepared=say_prepared(situation),
+            server_ready=says if situation.run.spec.rollout_servers is not None else None,
             pods_ready=says,
             succeeded=says,
             quota_reserved=says if situation.ask is not None and situation.workload is None else None,
             changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
-            deletes=(*old_refs(situation), *withdraw(situation)),
+            deletes=(*old_refs(situation), *present_refs(situation, server_refs(situation)), *withdraw(situation)),
             deadlines=silences(situation),
         ),
     )
@@ -478,6 +492,24 @@ def cleaning_up(situation: Situation) -> Verdict | None:
     )
 
 
+def awaiting_servers(situation: Situation) -> Verdict | None:
+    """No gang is there, and not every rollout server answers: without them it would hold its GPUs for nothing."""
+    if situation.was_created or situation.servers_ready:
+        return None
+    says = never_answers(situation)
+    if says is not None:
+        return fail(
+            situation,
+            Cause(
+                reason=says.reason,
+                message=f"attempt {situation.attempt}: {says.message}",
+                budget="none",
+                advice=advice_for(says.reason),
+            ),
+        )
+    return go_on(situation, waits=explain_servers(situation))
+
+
 def starting(situation: Situation) -> Verdict | None:
     """Nothing stands in the way of the attempt: its job is made."""
     if situation.was_created:
@@ -498,6 +530,7 @@ _CHECKS: tuple[Check, ...] = (
     child_rejected,  # the API server does not take a child
     code_missing,  # a reference does not resolve yet
     model_missing,  # the run whose model it starts from has not ended well yet
+    servers_unprotected,  # others could hand weights over to its servers
     kueue_missing,  # the user asks for a queue, and there are none
     priority_class_missing,  # its priority does not resolve yet
     suspended_before_start,  # the user asked us to stop, and nothing ran yet
@@ -516,6 +549,7 @@ _CHECKS: tuple[Check, ...] = (
     stalled,  # nothing was heard past progressDeadlineSeconds
     cleaning_up,  # the attempt before is not gone yet
     awaiting_quota,  # nothing of an attempt is there before its quota
+    awaiting_servers,  # nothing of a gang is there before what generates for it
     starting,  # make the attempt's job
     running,  # wait for events
 )

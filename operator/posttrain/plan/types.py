@@ -82,6 +82,8 @@ class Observed:
     """Names of the runs that have not ended and refer to this one."""
     job_events: tuple[Manifest, ...] = ()
     """Events (core/v1) about the current attempt's job; they matter only while pods of its gang are missing."""
+    server_key: str = ""
+    """A new random key, for rollout servers that are made now."""
     kueue: bool = False
     """Whether the cluster serves Kueue's Workloads."""
     flavors: Mapping[str, Manifest] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from posttrain.api.methods import table_of
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Cause
-from posttrain.plan.children import attempt_children, frozen_job, run_children
+from posttrain.plan.children import attempt_children, frozen_job, run_children, server_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
@@ -23,6 +23,7 @@ from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
 from posttrain.plan.quota import explain_quota, report_pods_ready
+from posttrain.plan.servers import explain_servers, unwanted_servers, wanted_servers
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.status import Says, Verdict
 from posttrain.plan.types import Manifest, ObjectRef, StatusPatch
@@ -47,6 +48,7 @@ def accept(situation: Situation, verdict: Verdict) -> Verdict:
         verdict,
         accepted=Says("True", "Accepted"),
         quota_reserved=verdict.quota_reserved or explain_quota(situation),
+        server_ready=verdict.server_ready or explain_servers(situation),
         changes=changes,
         objects=(*run_children(situation), *verdict.objects),
     )
@@ -128,8 +130,8 @@ def go_on(
             pods_ready=pods_ready,
             succeeded=Says("False", "InProgress", message),
             changes={"hold": None},
-            objects=(*objects, *_lost_config_map(situation), *frozen_job(situation)),
-            deletes=(*old_refs(situation), *deletes),
+            objects=(*wanted_servers(situation), *objects, *_lost_config_map(situation), *frozen_job(situation)),
+            deletes=(*old_refs(situation), *present_refs(situation, unwanted_servers(situation)), *deletes),
             patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),
         ),
@@ -257,12 +259,14 @@ def finish(
 ) -> Verdict:
     """Return the commit of the run's end."""
     good = succeeded.status == "True"
+    ended = Says("False", succeeded.reason, succeeded.message)
     return accept(
         situation,
         Verdict(
             stage="Succeeded" if good else "Failed",
             prepared=prepared,
-            pods_ready=Says("False", succeeded.reason, succeeded.message),
+            server_ready=ended if situation.run.spec.rollout_servers is not None else None,
+            pods_ready=ended,
             succeeded=succeeded,
             finished=True,
             stalled=not good,
@@ -295,7 +299,7 @@ def holding_refs(situation: Situation) -> tuple[ObjectRef, ...]:
     prepare = situation.observed.objects.get(prepare_ref(situation.name))
     if prepare is not None and parse_prepare_state(prepare).phase == "Pending":
         refs.append(prepare_ref(situation.name))
-    return present_refs(situation, tuple(refs))
+    return present_refs(situation, (*refs, *server_refs(situation)))
 
 
 def _lost_config_map(situation: Situation) -> tuple[Manifest, ...]:

@@ -56,7 +56,7 @@ _DROPPED = {
     "use_dora": _ADAPTER,
     "use_rslora": _ADAPTER,
 }
-_SANDBOX = "programs out of completions are not run yet, so there is no sandbox to set"
+_SANDBOX = "programs out of completions run in posttrain's own sandbox; spec.grpo.sandbox names another one"
 _DROPPED_OF: Mapping[Method, Mapping[str, str]] = {
     "sft": {
         "num_completions_to_print": "it belongs to GRPO",
@@ -69,7 +69,7 @@ _DROPPED_OF: Mapping[Method, Mapping[str, str]] = {
         "e2b_router_url": _SANDBOX,
         "ioi_provider": _SANDBOX,
         "morph_router_url": _SANDBOX,
-        "parallel_code_exec_per_proc": _SANDBOX,
+        "parallel_code_exec_per_proc": "spec.grpo.sandbox.concurrency says how many programs run at the same time",
     },
 }
 _NO_VLLM = "use_vllm is not set, so completions come from the trainer's own model"

@@ -24,6 +24,7 @@ from posttrain.api.training_run import (
     KIND,
     MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
+    MUTABLE_GRPO_FIELDS,
     MUTABLE_RESOURCES_FIELDS,
     NAME_RULE,
     PLURAL,
@@ -203,18 +204,34 @@ def _validation(rule: Rule) -> Node:
 
 def _immutability(spec: Node) -> list[Node]:
     """Return a rule for each field that must stay as it is, also if it was added or removed."""
-    parts = {"checkpoints": MUTABLE_CHECKPOINT_FIELDS, "resources": MUTABLE_RESOURCES_FIELDS}
+    parts = {
+        "checkpoints": MUTABLE_CHECKPOINT_FIELDS,
+        "grpo": MUTABLE_GRPO_FIELDS,
+        "resources": MUTABLE_RESOURCES_FIELDS,
+    }
     paths = [name for name in spec["properties"] if name not in MUTABLE_FIELDS | parts.keys()]
     for part, mutable in parts.items():
         paths += [f"{part}.{name}" for name in spec["properties"][part]["properties"] if name not in mutable]
     return [
         {
-            "rule": _unchanged(path, always_there=_is_always_there(spec, path.split("."))),
+            "rule": _held(path, spec),
             "message": f"{path} {IMMUTABLE}",
             "fieldPath": f".{path}",
         }
         for path in paths
     ]
+
+
+def _held(path: str, spec: Node) -> str:
+    """Return the rule that a field of the spec, or of an object in it, stays as it is.
+
+    An object that is not always there, as grpo, cannot come or go: then sft, which has a rule, would go or come.
+    """
+    names = path.split(".")
+    unchanged = _unchanged(path, always_there=_is_always_there(spec, names))
+    if len(names) == 1 or _is_always_there(spec, names[:1]):
+        return unchanged
+    return f"!has(self.{names[0]}) || !has(oldSelf.{names[0]}) || ({unchanged})"
 
 
 def _immutability_under_quota(spec: Node) -> list[Node]:
@@ -239,9 +256,11 @@ def _immutability_under_quota(spec: Node) -> list[Node]:
 
 
 def _is_always_there(node: Node, names: Sequence[str]) -> bool:
-    part = node["properties"][names[0]]
-    there = "default" in part or names[0] in node.get("required", ())
-    return there and (len(names) == 1 or _is_always_there(part, names[1:]))
+    """Return whether a field has a value wherever the object that it is a field of is there."""
+    *before, name = names
+    for part in before:
+        node = node["properties"][part]
+    return "default" in node["properties"][name] or name in node.get("required", ())
 
 
 def _unchanged(path: str, *, always_there: bool) -> str:

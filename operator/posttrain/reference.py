@@ -18,6 +18,7 @@ from posttrain.api.training_run import (
     KIND,
     MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
+    MUTABLE_GRPO_FIELDS,
     MUTABLE_RESOURCES_FIELDS,
     Method,
 )
@@ -94,6 +95,7 @@ def render_training_run() -> str:
     spec, status = schema["properties"]["spec"], schema["properties"]["status"]
     mutable = [f"`{name}`" for name in spec["properties"] if name in MUTABLE_FIELDS]
     mutable += [f"`checkpoints.{name}`" for name in sorted(MUTABLE_CHECKPOINT_FIELDS)]
+    mutable += [f"`grpo.{name}`" for name in sorted(MUTABLE_GRPO_FIELDS)]
     waiting = [f"`resources.{name}`" for name in sorted(MUTABLE_RESOURCES_FIELDS)]
     lines = [
         _GENERATED,

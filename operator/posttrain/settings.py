@@ -78,6 +78,19 @@ class Images(SettingsModel):
     """What prepares and trains; a run keeps the one that it began with."""
     vllm: str = "ghcr.io/posttrain/vllm:0.1.0"
     """The same for runs whose completions come from vLLM."""
+    sandbox: str = "ghcr.io/posttrain/sandbox:0.1.0"
+    """What runs programs out of completions; a run keeps the one that it began with."""
+
+
+class SandboxSettings(SettingsModel):
+    """Where sandboxes run, which carry out programs that nobody has read."""
+
+    node_selector: dict[str, str] = {}
+    """Labels of the nodes that sandboxes run on, as of nodes that are for nothing else."""
+    tolerations: tuple[Toleration, ...] = ()
+    """Taints of those nodes."""
+    runtime_class_name: str | None = None
+    """The RuntimeClass of sandboxes, as of one with virtual machines; its kernel must have Landlock."""
 
 
 class ProgressServerSettings(SettingsModel):
@@ -109,6 +122,8 @@ class Settings(SettingsModel):
     """The kinds of nodes, by the name that runs choose them by in spec.resources.profile."""
     default_profile: str = "default"
     """The profile of a run that names none."""
+    sandbox: SandboxSettings = SandboxSettings()
+    """Where programs out of completions run."""
     progress_server: ProgressServerSettings = ProgressServerSettings()
     """Where pods report to."""
     operator: OperatorSettings = OperatorSettings()

@@ -60,6 +60,7 @@ VERBS = {
     "delete": "delete",
     "get": "get",
     "list": "list",
+    "pages": "list",
     "watch": "watch",
 }
 """The port's methods and what the API server calls them. An apply names a uid, so it never creates."""
@@ -77,7 +78,6 @@ CALLS: dict[tuple[str, str, str], Iterable[Kind]] = {
     ("lease", "_try", "get"): (LEASE,),
     ("lease", "_write", "patch"): (LEASE,),
     ("lease", "release", "get"): (LEASE,),
-    ("operator", "_list_runs", "list"): (TRAINING_RUN,),
     ("progress", "_fold_into_status", "apply_status"): (TRAINING_RUN,),
     ("progress", "_read", "get"): (TRAINING_RUN,),
     ("queues", "_read", "list"): (RESOURCE_FLAVOR, WORKLOAD_PRIORITY_CLASS),
@@ -93,8 +93,8 @@ CALLS: dict[tuple[str, str, str], Iterable[Kind]] = {
     ("reconciler", "_require_no_gang", "list"): (POD,),
     ("reconciler", "_tell", "create"): (EVENT,),
     ("reconciler", "_write_status", "apply_status"): (TRAINING_RUN,),
-    ("reflector", "_list", "list"): CHILDREN,
     ("reflector", "_watch", "watch"): CHILDREN,
+    ("reflector", "list_into", "pages"): (TRAINING_RUN, *CHILDREN),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.control.cache import Cache, RunKey
-from posttrain.control.kinds import CONFIG_MAP, POD, PYTORCHJOB, SERVICE_ACCOUNT, TRAINING_RUN, Kind
+from posttrain.control.kinds import CONFIG_MAP, POD, PYTORCHJOB, SERVICE_ACCOUNT, TRAINING_RUN, WORKLOAD, Kind
 from posttrain.control.port import ObjectKey
 from posttrain.control.wakes import PROMPT_SECONDS
 from posttrain.plan.types import Manifest
@@ -148,7 +148,7 @@ def test_a_list_drops_what_is_not_in_it() -> None:
     for manifest in (kept, gone):
         bells.cache.put(manifest)
     bells.rung()
-    bells.cache.replace(CONFIG_MAP, [kept], version="15")
+    bells.cache.retain(CONFIG_MAP, {"u-1"}, version="15")
     bells.cache.put(build(name="demo-a2", uid="u-2", version=14))
 
     assert bells.cache.children(DEMO) == [kept]
@@ -159,7 +159,7 @@ def test_a_list_does_not_drop_what_is_newer_than_it() -> None:
     bells = Bells()
     made_meanwhile = build(version=16)
     bells.cache.put(made_meanwhile, own=True)
-    bells.cache.replace(CONFIG_MAP, [], version="15")
+    bells.cache.retain(CONFIG_MAP, (), version="15")
 
     assert bells.cache.children(DEMO) == [made_meanwhile]
     assert bells.rung() == []
@@ -168,7 +168,7 @@ def test_a_list_does_not_drop_what_is_newer_than_it() -> None:
 def test_a_list_concerns_its_kind_alone() -> None:
     cache = Bells().cache
     cache.put(build(SERVICE_ACCOUNT))
-    cache.replace(CONFIG_MAP, [], version="15")
+    cache.retain(CONFIG_MAP, (), version="15")
 
     assert cache.children(DEMO) == [build(SERVICE_ACCOUNT)]
     assert (cache.is_listed(CONFIG_MAP), cache.is_listed(SERVICE_ACCOUNT)) == (True, False)
@@ -178,7 +178,7 @@ def test_nothing_is_left_of_a_kind_that_is_gone() -> None:
     bells = Bells()
     bells.cache.put(build(PYTORCHJOB))
     bells.rung()
-    bells.cache.replace(PYTORCHJOB, [], version=None)
+    bells.cache.retain(PYTORCHJOB, (), version=None)
 
     assert bells.cache.children(DEMO) == []
     assert bells.cache.is_listed(PYTORCHJOB)
@@ -299,7 +299,8 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True"}
         (build(POD, status={"phase": "Failed"}), False),
         (build(PYTORCHJOB, status={"conditions": [{"type": "Running", "status": "True"}]}), True),
         (build(PYTORCHJOB, status={"conditions": [{"type": "Failed", "status": "True"}]}), False),
-        (build(CONFIG_MAP), False),
+        (build(CONFIG_MAP), True),
+        (build(WORKLOAD), False),
     ],
 )
 def test_what_is_on_its_way_waits_for_more_of_it_and_what_ended_does_not(child: Manifest, waits: bool) -> None:
@@ -312,6 +313,26 @@ def test_what_is_on_its_way_waits_for_more_of_it_and_what_ended_does_not(child: 
     child["metadata"] |= {"resourceVersion": "11", "deletionTimestamp": "2026-03-01T09:00:00Z"}
     bells.cache.put(child)
     assert bells.patience == PROMPT_SECONDS
+
+
+def test_a_child_that_somebody_changed_waits_for_nothing() -> None:
+    bells = Bells()
+    bells.cache.put(build(data={"a": "1"}))
+    bells.cache.put(build(version=11, data={"a": "2"}))
+
+    assert bells.patience == PROMPT_SECONDS
+
+
+def test_of_a_job_only_its_end_rings() -> None:
+    bells = Bells()
+    told: list[dict[str, str]] = []
+    rung = []
+    for version, type_ in enumerate(("Created", "Running", "Failed"), start=10):
+        told.append({"type": type_, "status": "True"})
+        bells.cache.put(build(PYTORCHJOB, version=version, status={"conditions": list(told)}))
+        rung.append(bells.rung())
+
+    assert rung == [[DEMO], [], [DEMO]]
 
 
 def test_the_answer_to_a_write_of_ours_is_silent_and_so_is_the_watch_that_repeats_it() -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from posttrain.api.reasons import REASONS
-from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, Started
+from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, SignalLost, Started
 from posttrain.contract.result import Result
-from posttrain.control.kinds import CLAIM, KUEUE, PYTORCHJOB, WORKLOAD
+from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, PYTORCHJOB, WORKLOAD
 from posttrain.control.port import Rejected
 from posttrain.settings import Settings
 from tests.support.bench import Bench
-from tests.support.builders import build_other_run, rfc3339
+from tests.support.builders import GRPO, build_other_run, rfc3339
 
 Happens = Callable[[Bench], None]
 STARTED = Started(world_size=1, max_steps=20, resumed_from_step=0)
@@ -225,6 +225,22 @@ def loss_is_no_number(bench: Bench) -> None:
     bench.others.tell(NonFinite(metric="loss", step=7), attempt=1)
 
 
+def signal_is_lost(reason: str, *, policy: str = "Warn") -> Happens:
+    """Let a check of the signal find something, of which the user has chosen what follows."""
+
+    def happens(bench: Bench) -> None:
+        fields = ("deadReward", "entropyCollapse", "klDivergence", "clippedCompletions")
+        signal = {field: {"policy": policy} for field in fields}
+        trains(bench, sft=None, grpo={**GRPO, "args": {"max_steps": 20, "beta": 0.1}, "signal": signal})
+        bench.others.tell(SignalLost(reason=reason, message="as it says", step=7), attempt=1)
+
+    return happens
+
+
+def signal_is_there(bench: Bench) -> None:
+    trains(bench, sft=None, grpo=GRPO)
+
+
 def container_is_killed_for_memory(bench: Bench) -> None:
     trains(bench)
     bench.others.end_pod("demo-a1-master-0", exit_code=137, terminated_reason="OOMKilled")
@@ -370,6 +386,21 @@ def job_event(message: str) -> Happens:
     return happens
 
 
+def sandbox_has(state: dict[str, Any] | None) -> Happens:
+    """Let the sandbox of a run that rewards programs have a pod whose container is in this state; None: no pod yet."""
+
+    def happens(bench: Bench) -> None:
+        bench.submit(sft=None, grpo={"rewards": [{"name": "code"}], "args": {"max_steps": 20}})
+        bench.settle()
+        assert bench.others.job(1) is None
+        made = bench.others.find(DEPLOYMENT, "demo-sandbox")
+        assert made is not None
+        if state is not None:
+            bench.others.make_sandbox_pod(containerStatuses=[{"name": "sandbox", "ready": False, "state": state}])
+
+    return happens
+
+
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
 PULL = {"name": "pytorch", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
 
@@ -403,8 +434,12 @@ CASES: list[tuple[str, Happens]] = [
             "DatasetRowsInvalid", "DatasetEmpty", "TokenizerMissing", "ChatTemplateMissing", "UnsafeWeights",
             "GatedModel", "HubAuthenticationFailed", "HubUnreachable", "PackageMissing", "CodeImportFailed",
             "BatchNotDivisible", "EstimateExceedsMemory", "ConfigInvalid", "StorageHoldsAnotherRun",
+            "SandboxUnreachable",
         )
     ),
+    # The sandbox
+    ("SandboxStarting", sandbox_has(None)),
+    ("SandboxFailed", sandbox_has({"terminated": {"exitCode": 2, "message": "there is no Landlock"}})),
     # Waiting
     ("Unschedulable", scheduler_says("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")),
     ("VolumePending", scheduler_says("pod has unbound immediate PersistentVolumeClaims")),
@@ -436,6 +471,13 @@ CASES: list[tuple[str, Happens]] = [
     ("RestartBudgetSpent", budget_is_spent),
     ("ProgressStalled", nothing_is_heard),
     ("NonFiniteLoss", loss_is_no_number),
+    # What a grpo run learns from
+    ("SignalHealthy", signal_is_there),
+    *(
+        (reason, signal_is_lost(reason, policy=policy))
+        for reason in ("RewardSignalDead", "EntropyCollapsed", "KlTooLarge", "CompletionsClipped")
+        for policy in ("Warn", "Suspend", "Fail")
+    ),
     ("HostOutOfMemory", container_is_killed_for_memory),
     ("PodDeleted", pod_is_deleted),
     ("JobDeleted", job_is_deleted),

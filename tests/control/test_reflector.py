@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.control.cache import Cache
 from posttrain.control.kinds import CONFIG_MAP, PYTORCHJOB, Kind
-from posttrain.control.port import Cluster, ObjectKey, Rejected, Unavailable, WatchEvent
+from posttrain.control.port import Cluster, Expired, ObjectKey, ObjectList, Rejected, Unavailable, WatchEvent
 from posttrain.control.reflector import Reflector
 from posttrain.plan.types import Manifest
 from tests.support.fake_cluster import FakeCluster
@@ -148,6 +148,38 @@ def test_a_watch_that_follows_a_bookmark_is_not_too_old() -> None:
 
     follow(followed, scenario)
     assert (cluster.count("list"), cluster.count("watch")) == (1, 2)
+
+
+class BrokenOff(FakeCluster):
+    """Its lists have a first page only, for as long as that is so."""
+
+    breaks_off = False
+
+    async def pages(self, *kind: str, **options: Any) -> AsyncIterator[ObjectList]:  # type: ignore[override]
+        async for page in super().pages(*kind, **options):
+            yield page
+            if self.breaks_off:
+                raise Expired("the continue token is too old")
+
+
+def test_a_list_that_breaks_off_between_two_pages_drops_nothing_and_is_begun_anew() -> None:
+    cluster = BrokenOff()
+    for i in range(1, 4):
+        cluster.put(build(f"demo-a{i}"))
+    followed = Followed(cluster)
+
+    async def scenario() -> None:
+        cluster.breaks_off = True
+        cluster.remove(key("demo-a3"))
+        cluster.expire_watches()
+        await asyncio.sleep(5)
+        assert followed.names() == ["demo-a1", "demo-a2", "demo-a3"]
+        assert cluster.count("list") > 2
+        cluster.breaks_off = False
+        await asyncio.sleep(20)
+        assert followed.names() == ["demo-a1", "demo-a2"]
+
+    follow(followed, scenario)
 
 
 def test_a_version_that_is_too_old_means_a_new_list_and_what_went_meanwhile_is_dropped() -> None:

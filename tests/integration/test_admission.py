@@ -86,6 +86,8 @@ BAD = [
     ("spec.evalDatasets=[{split: test}]", "spec.evalDatasets[0].source: Required value"),
     ("spec.sft.agrs={}", 'unknown field "spec.sft.agrs"'),
     ("spec.sft.args=[]", "spec.sft.args in body must be of type object"),
+    ("spec.grpo={rewards: [{name: code}], sandbox: {mode: Piston}}", "mode Piston needs the addresses of its servers"),
+    ("spec.grpo={rewards: [{name: code}], sandbox: {mode: E2B}}", f'Unsupported value: "E2B": {SUPPORTED}Local", "Pis'),
     ("spec.resources.gpusPerNode=65", "spec.resources.gpusPerNode in body should be less than or equal to 64"),
     ("spec.resources.memory=lots", "spec.resources.memory in body should match '^[0-9]+"),
     ("spec.resources.processesPerNode=9", "processesPerNode is more than gpusPerNode, and two ranks cannot share"),
@@ -179,6 +181,28 @@ def test_a_key_of_args_that_takes_the_place_of_another_is_refused_by_the_operato
 def test_how_long_and_how_often_can_be_edited(api: TestCluster, stored: str) -> None:
     for change in FREE:
         assert "configured" in send(api, stored, queued(change), flags=("--dry-run=server",)), change
+
+
+def test_of_what_a_grpo_run_learns_from_only_the_checks_can_be_edited(api: TestCluster, namespace: str) -> None:
+    good = changed("spec.grpo={rewards: [{name: accuracy}], args: {max_steps: 9}, signal: {deadReward: {steps: 5}}}")
+    del good["spec"]["sft"]
+    send(api, namespace, good)
+
+    def edit(text: str) -> str:
+        path, value = parse_assignment(text)
+        return send(api, namespace, apply_assignment(good, path=path, value=value), flags=("--dry-run=server",))
+
+    assert "configured" in edit("spec.grpo.signal.deadReward={policy: Fail, bound: '0.8'}")
+    for change, said in (
+        ("spec.grpo.rewards[0].weight='2'", f"grpo.rewards {CANNOT_CHANGE}"),
+        ("spec.grpo.args.max_steps=10", f"grpo.args {CANNOT_CHANGE}"),
+        ("spec.grpo.trainerClass=mine:Trainer", f"grpo.trainerClass {CANNOT_CHANGE}"),
+        ("spec.grpo.signal.deadReward.bound='1.5'", "spec.grpo.signal.deadReward.bound in body should match"),
+        ("spec.grpo.signal.deadReward.policy=Ignore", f'Unsupported value: "Ignore": {SUPPORTED}Warn", "Suspend"'),
+    ):
+        with pytest.raises(ClusterError) as refused:
+            edit(change)
+        assert said in str(refused.value), change
 
 
 def test_what_is_asked_of_a_queue_cannot_be_edited_while_quota_is_held(api: TestCluster, stored: str) -> None:

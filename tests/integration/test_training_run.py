@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from posttrain.contract.facts import CheckpointSaved, Logged, NonFinite, Started
+from posttrain.contract.facts import CheckpointSaved, Logged, NonFinite, SignalLost, Started
 from posttrain.contract.result import Result, to_termination_message
 from tests.cluster.cluster import TestCluster
-from tests.support.builders import build_report
+from tests.support.builders import GRPO, build_report
 from tests.support.cluster_runs import ClusterRun, message_of, reasons
 from tests.support.operator_process import OperatorProcess
 
@@ -132,6 +133,26 @@ def test_a_loss_that_is_no_number_ends_the_run(
     run.cluster.await_json(
         "pods", "--namespace", run.namespace, until=lambda pods: not pods["items"], what="the GPUs to be free"
     )
+
+
+def test_a_lost_signal_is_a_warning_until_its_owner_asks_for_more(
+    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
+) -> None:
+    run.apply(sft=None, grpo=GRPO)
+    run.await_running()
+
+    report = build_report(STARTED, SignalLost(reason="RewardSignalDead", message="all alike", step=7))
+    operator.report(cluster, run.namespace, "demo-a1-master-0", report)
+
+    lost = ("False", "RewardSignalDead")
+    warned = run.await_status(lambda s: reasons(s).get("SignalHealthy") == lost, what="the warning")
+    assert warned["stage"] == "Training"
+    run.await_event("RewardSignalDead")
+    described = run.kubectl("describe", "trun", run.name)
+    assert re.search(r"Warning +RewardSignalDead .*all alike", described)
+    run.patch({"grpo": {"signal": {"deadReward": {"policy": "Suspend"}}}})
+    held = run.await_stage("Suspended")
+    assert reasons(held)["Succeeded"] == lost
 
 
 def test_a_run_that_is_deleted_takes_everything_with_it_but_its_claim(run: ClusterRun) -> None:

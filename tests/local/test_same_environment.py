@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def test_only_mounts_server_rendezvous_and_machine_differ(case: str, tmp_path: P
     with closing(open_cluster(folder, secrets=SECRETS)) as cluster:
         for manifest in plan:
             cluster.apply(manifest)
-        gang = cluster.observe().pods
+        gang = [pod for pod in cluster.observe().pods if pod["metadata"]["labels"]["posttrain.dev/role"] == "trainer"]
         await_observed(cluster, lambda o: has_condition(o, ref, "Succeeded"), what="the end")
 
     for node, pod in enumerate(gang):
@@ -103,7 +104,10 @@ def test_only_mounts_server_rendezvous_and_machine_differ(case: str, tmp_path: P
         differing = {name for name in planned if planned[name] != local[name]}
         mounted = {name for name in differing if is_mounted(planned[name], pod=pod)}
         served = {name for name in differing if planned[name].startswith(PLANNED_SERVER)}
-        assert differing == mounted | served | OF_THE_RENDEZVOUS | OF_THE_SERVERS & planned.keys()
+        addressed = {name for name in planned if planned[name].startswith("http://demo-sandbox:")}
+        of_the_servers = OF_THE_SERVERS & planned.keys()
+        assert differing == mounted | served | addressed | OF_THE_RENDEZVOUS | of_the_servers
+        assert all(re.fullmatch(r"http://127\.0\.0\.1:[0-9]+", local[name]) for name in addressed)
         assert all(Path(local[name]).is_relative_to(folder) or local[name] == "/" for name in mounted)
         assert {local[name].removeprefix(LOCAL_SERVER) for name in served} == {
             planned[name].removeprefix(PLANNED_SERVER) for name in served

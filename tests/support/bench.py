@@ -76,12 +76,15 @@ class Bench:
 
     def _list(self, kind: Kind) -> None:
         if kind in self.cluster.missing_kinds:
-            self.cache.replace(kind, (), version=None)
+            self.cache.retain(kind, (), version=None)
             self._seen[kind] = 0
             return
         selector = "" if kind == TRAINING_RUN else SELECTOR
         listed = self.cluster.read(kind, label_selector=selector)
-        self.cache.replace(kind, listed.items, version=listed.resource_version)
+        for manifest in listed.items:
+            self.cache.put(manifest)
+        uids = {manifest["metadata"]["uid"] for manifest in listed.items}
+        self.cache.retain(kind, uids, version=listed.resource_version)
         self._seen[kind] = int(listed.resource_version)
 
     def see(self, *kinds: Kind, limit: int | None = None) -> None:

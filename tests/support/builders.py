@@ -30,8 +30,15 @@ def rfc3339(time: datetime) -> str:
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+GRPO: dict[str, Any] = {"rewards": [{"name": "accuracy"}], "args": {"max_steps": 20}}
+"""The field of a spec that asks for reinforcement learning; in its place `sft` is None."""
+
+
 def build_spec(**changes: Any) -> dict[str, Any]:
-    """Return a valid spec as JSON data: two small claims' worth of CPU training; `changes` replace whole fields."""
+    """Return a valid spec as JSON data: two small claims' worth of CPU training; `changes` replace whole fields.
+
+    A field of which the change is None is left out.
+    """
     spec: dict[str, Any] = {
         "model": {"source": "pvc://inputs/model"},
         "datasets": [{"source": "pvc://inputs/train.jsonl"}],
@@ -39,7 +46,7 @@ def build_spec(**changes: Any) -> dict[str, Any]:
         "resources": {"gpusPerNode": 0, "cpu": "2", "memory": "4Gi"},
         "checkpoints": {"storage": {"size": "10Gi"}, "everySteps": 5},
     }
-    return {**spec, **changes}
+    return {key: value for key, value in {**spec, **changes}.items() if value is not None}
 
 
 def build_run(

@@ -33,18 +33,18 @@ class ClusterRun:
 
         `changes` replace fields of its spec, and None removes one.
         """
-        spec = build_spec(
-            resources={"numNodes": 2, "gpusPerNode": 1},
-            prepare={"enabled": False},
-            checkpoints={"storage": {"claimName": "shared"}, "everySteps": 5},
-        )
+        spec: dict[str, Any] = {
+            "resources": {"numNodes": 2, "gpusPerNode": 1},
+            "prepare": {"enabled": False},
+            "checkpoints": {"storage": {"claimName": "shared"}, "everySteps": 5},
+        }
         self.cluster.apply(
             [
                 {
                     "apiVersion": "posttrain.dev/v1alpha1",
                     "kind": "TrainingRun",
                     "metadata": {"name": self.name, "namespace": self.namespace},
-                    "spec": {name: value for name, value in {**spec, **changes}.items() if value is not None},
+                    "spec": build_spec(**{**spec, **changes}),
                 }
             ]
         )
@@ -126,6 +126,17 @@ class ClusterRun:
         )
         items = sorted(found["items"], key=lambda event: int(event["metadata"]["resourceVersion"]))
         return [(event["type"], event["reason"]) for event in items]
+
+    def await_event(self, reason: str) -> None:
+        """Wait for an event of it: events come after the status that they tell of."""
+        self.cluster.await_json(
+            "events",
+            "--namespace",
+            self.namespace,
+            f"--field-selector=involvedObject.name={self.name}",
+            until=lambda events: any(event["reason"] == reason for event in events["items"]),
+            what=f"the event {reason} of {self.name}",
+        )
 
 
 def tiny(**changes: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from posttrain.api.training_run_status import Progress
 from posttrain.contract.facts import FactBody, FactsReport
 from posttrain.contract.result import Result
-from posttrain.control.kinds import JOB, POD, PYTORCHJOB, STATEFUL_SET, TRAINING_RUN, Kind
+from posttrain.control.kinds import DEPLOYMENT, JOB, POD, PYTORCHJOB, STATEFUL_SET, TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
 from posttrain.plan import labels
 from posttrain.plan.manifests import is_being_deleted, pod_phase
@@ -94,6 +94,14 @@ class Controllers:
         if self.find(POD, name) is None:
             self._make_pod(name, job, job["spec"]["template"])
         return name
+
+    def make_sandbox_pod(self, **status: Any) -> None:
+        """Make the pod of the sandbox's Deployment, with this status."""
+        deployment = self.find(DEPLOYMENT, f"{self._run}-sandbox")
+        assert deployment is not None, "the sandbox's Deployment is there"
+        name = f"{self._run}-sandbox-6d9f7-x2x9z"
+        self._make_pod(name, deployment, deployment["spec"]["template"])
+        self.set_pod_status(name, **status)
 
     def _make_pod(self, name: str, job: Manifest, template: Manifest) -> None:
         owner = {part: job[part] for part in ("apiVersion", "kind")}

@@ -14,7 +14,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -36,6 +36,9 @@ from tests.support.builders import T0, rfc3339
 Path = tuple[str, ...]
 Owner = tuple[str, str, str]
 """Manager, operation, subresource: an entry of managedFields."""
+
+PAGE = 2
+"""Objects in a part of a list that is read part by part."""
 
 _SYSTEM = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp", "managedFields")
 _IDENTITY = {("apiVersion",), ("kind",), ("metadata", "name"), ("metadata", "namespace")}
@@ -219,6 +222,12 @@ class FakeCluster:
             and _selects(field_selector, _Fields(item))
         ]
         return ObjectList(items=items, resource_version=str(self._version))
+
+    async def pages(self, api_version: str, kind: str, *, label_selector: str = "") -> AsyncIterator[ObjectList]:
+        found = await self.list(api_version, kind, label_selector=label_selector)
+        for start in range(0, max(len(found.items), 1), PAGE):
+            yield replace(found, items=found.items[start : start + PAGE])
+            await asyncio.sleep(0)
 
     async def watch(
         self, api_version: str, kind: str, *, resource_version: str, label_selector: str = ""

@@ -98,6 +98,9 @@ class FaultyCluster:
         read = lambda: self._cluster.list(api_version, kind, namespace=namespace, **selectors)  # noqa: E731
         return await self._call("list", key, selectors, read)
 
+    def pages(self, api_version: str, kind: str, *, label_selector: str = "") -> AsyncIterator[ObjectList]:
+        return self._cluster.pages(api_version, kind, label_selector=label_selector)
+
     def watch(
         self, api_version: str, kind: str, *, resource_version: str, label_selector: str = ""
     ) -> AsyncIterator[WatchEvent]:

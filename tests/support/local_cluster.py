@@ -18,7 +18,11 @@ from tests.support.processes import wait_for
 
 PLANNED_SERVER = "https://posttrain-progress.posttrain-system.svc:8443"
 LOCAL_SERVER = "http://127.0.0.1:1"
-IMAGES = ("", "ghcr.io/posttrain/trainer", "ghcr.io/posttrain/vllm", "registry.example.com/trainer")
+IMAGES = (
+    "",
+    *(f"ghcr.io/posttrain/{name}" for name in ("sandbox", "trainer", "vllm")),
+    "registry.example.com/trainer",
+)
 """Of the golden plans, and of the pods here, which have none."""
 PYTORCHJOB = ObjectRef("kubeflow.org/v1", "PyTorchJob", "demo-a1")
 JOB = ObjectRef("batch/v1", "Job", "demo-prepare")

@@ -58,6 +58,7 @@ class OperatorProcess:
         data: dict[str, Any] = {
             "images": {"trainer": "registry.test/trainer:1"},
             "profiles": {"default": dict(FAKE_NODES_PROFILE)},
+            "sandbox": {name: FAKE_NODES_PROFILE[name] for name in ("nodeSelector", "tolerations")},
             "progressServer": {"url": self.url},
             "terminationGraceSeconds": 1,
             **(settings or {}),

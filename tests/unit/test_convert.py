@@ -441,7 +441,7 @@ def test_a_whole_grpo_recipe() -> None:
         "vllm_device", "reference",
     }  # fmt: skip
     assert "ioi_code or cf_code, which reward_funcs does not name" in dropped["code_eval_test_batch_size"]
-    assert "no sandbox" in dropped["code_provider"]
+    assert "posttrain's own sandbox" in dropped["code_provider"]
     assert "never cut" in dropped["max_prompt_length"]
     assert "GRPOConfig (TRL" in dropped["vllm_device"]
     assert "GRPOConfig (TRL" in dropped["reference"]
@@ -516,11 +516,11 @@ def test_groups_that_8_gpus_cannot_fill_need_another_number_of_gpus() -> None:
     assert spec["resources"] == {"numNodes": 1, "gpusPerNode": 7}
 
 
-def test_a_reward_that_runs_programs_is_refused_by_its_field() -> None:
-    with pytest.raises(InvalidResource) as caught:
-        convert(reward_funcs=["format", "ioi_code"], code_eval_test_batch_size=3)
-
-    assert [problem.path for problem in caught.value.problems] == ["spec.grpo.rewards[1].name"]
+def test_a_reward_that_runs_programs_is_taken_with_its_parameters() -> None:
+    assert spec_of(reward_funcs=["format", "ioi_code"], code_eval_test_batch_size=3)["grpo"]["rewards"] == [
+        {"name": "format"},
+        {"name": "ioi_code", "params": {"test_batch_size": 3}},
+    ]
 
 
 def test_an_unknown_reward_is_refused_by_its_field() -> None:

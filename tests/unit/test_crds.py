@@ -21,6 +21,7 @@ from posttrain.api.schema import model_in, resource_schema, schema_of
 from posttrain.api.training_run import (
     MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
+    MUTABLE_GRPO_FIELDS,
     MUTABLE_RESOURCES_FIELDS,
     NAME_RULE,
     TrainingRunSpec,
@@ -222,14 +223,20 @@ def test_every_field_but_the_mutable_ones_has_a_rule_that_keeps_it() -> None:
         if "oldSelf" in validation["rule"]
     }
     checkpoints = spec["properties"]["checkpoints"]["properties"]
+    grpo = spec["properties"]["grpo"]["properties"]
     resources = spec["properties"]["resources"]["properties"]
 
     assert rules.keys() == (
-        (spec["properties"].keys() - MUTABLE_FIELDS - {"checkpoints", "resources"})
+        (spec["properties"].keys() - MUTABLE_FIELDS - {"checkpoints", "grpo", "resources"})
         | {f"checkpoints.{name}" for name in checkpoints.keys() - MUTABLE_CHECKPOINT_FIELDS}
+        | {f"grpo.{name}" for name in grpo.keys() - MUTABLE_GRPO_FIELDS}
         | {f"resources.{name}" for name in resources.keys() - MUTABLE_RESOURCES_FIELDS}
     )
     assert rules["model"] == "self.model == oldSelf.model"
+    assert rules["grpo.trainerClass"] == (
+        "!has(self.grpo) || !has(oldSelf.grpo) || (has(self.grpo.trainerClass) == has(oldSelf.grpo.trainerClass) && "
+        "(!has(self.grpo.trainerClass) || self.grpo.trainerClass == oldSelf.grpo.trainerClass))"
+    )
     assert rules["peft"] == "has(self.peft) == has(oldSelf.peft) && (!has(self.peft) || self.peft == oldSelf.peft)"
 
 

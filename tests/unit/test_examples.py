@@ -97,7 +97,7 @@ def test_the_image_has_every_package_that_an_example_implies(path: Path) -> None
 
     assert needed <= locked
     assert ("deepspeed" in needed) == run.spec.parallelism.strategy.startswith("ZeRO")
-    assert ("math-verify" in needed) == (path in REWARDED)
+    assert ("math-verify" in needed) == (path in REWARDED and run.spec.used_sandbox is None)
 
 
 def test_the_quickstart_in_a_cluster_is_the_quickstart_with_claims_and_fewer_steps() -> None:
@@ -163,6 +163,9 @@ def test_the_global_batch_is_the_recipes(name: str, batch: int, length: int) -> 
         ("deepseek-r1-distill-qwen-7b-grpo", 1792, 256, 1024),
         ("qwen2.5-7b-grpo", 512, 32, 4096),
         ("qwen2.5-math-7b-simple-rl", 896, 128, 1024),
+        ("qwen2.5-1.5b-code-grpo", 448, 32, 2048),
+        ("qwen2.5-1.5b-ioi-grpo", 448, 32, 2048),
+        ("qwen2.5-coder-7b-codeforces-grpo", 1024, 64, 8192),
     ],
 )
 def test_the_rollout_is_the_recipes(name: str, completions: int, prompts: int, length: int) -> None:
@@ -186,6 +189,19 @@ def test_a_recipes_prompt_asks_for_the_layout_that_is_rewarded(path: Path) -> No
     layout = prompt[prompt.index("<think>") :]
     for name in ("format", "tag_count"):
         assert build(name)(prompts=[""], completions=[layout], completion_ids=[[]]) == [1.0]
+
+
+def test_the_recipes_that_reward_programs_have_a_sandbox_and_the_others_have_none() -> None:
+    planned = {
+        path.stem: {manifest["kind"] for manifest in preview_training_run(load(path), now=T0, settings=Settings())}
+        for path in REWARDED
+    }
+
+    assert {name for name, kinds in planned.items() if "Deployment" in kinds} == {
+        "qwen2.5-1.5b-code-grpo",
+        "qwen2.5-1.5b-ioi-grpo",
+        "qwen2.5-coder-7b-codeforces-grpo",
+    }
 
 
 def test_a_recipe_is_converted_to_its_example_but_for_what_is_said_to_differ() -> None:

@@ -55,7 +55,7 @@ def test_which_fields_may_change() -> None:
         "spec.suspend", "spec.ttlSecondsAfterFinished", "spec.activeDeadlineSeconds", "spec.pendingDeadlineSeconds",
         "spec.restarts", "spec.restarts.maxInfrastructureRestarts", "spec.restarts.maxApplicationRestarts",
         "spec.restarts.progressDeadlineSeconds", "spec.restarts.onNonFinite", "spec.restarts.avoidNodes",
-        "spec.checkpoints.everySteps", "spec.checkpoints.keepLast",
+        "spec.checkpoints.everySteps", "spec.checkpoints.keepLast", "spec.grpo.signal",
     }  # fmt: skip
     assert {path for path in all_paths(resource_schema(), "") if explain(path).mutable_without_quota} == {
         "spec.resources.queueName", "spec.resources.workloadPriorityClass", "spec.resources.profile",

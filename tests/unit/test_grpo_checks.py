@@ -72,6 +72,21 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "spec.grpo.rewards[0].params.max_penalty",
         "write -0.5",
     ),
+    ({"sandbox": {"mode": "Piston"}}, "spec.grpo.sandbox.endpoints", "mode Piston needs the addresses of its servers"),
+    ({"sandbox": {"endpoints": ["http://piston:2000"]}}, "spec.grpo.sandbox.endpoints", "and mode Local has none"),
+    ({"sandbox": {"mode": "E2B"}}, "spec.grpo.sandbox.mode", 'must be one of Local or Piston, not the string "E2B"'),
+    (
+        {"signal": {"klDivergence": {"policy": "Suspend"}}},
+        "spec.grpo.signal.klDivergence.policy",
+        "Suspend would never come: without a reference model (spec.grpo.args.beta is 0)",
+    ),
+    (
+        {"signal": {"deadReward": {"bound": "1.5"}}},
+        "spec.grpo.signal.deadReward.bound",
+        "a share above 0 and at most 1",
+    ),
+    ({"signal": {"entropyCollapse": {"bound": 0.1}}}, "spec.grpo.signal.entropyCollapse.bound", "write it quoted"),
+    ({"signal": {"deadRewards": {}}}, "spec.grpo.signal.deadRewards", "did you mean `deadReward`?"),
     ({"rollout": {"mode": "colocate"}}, "spec.grpo.rollout.mode", "did you mean Colocate?"),
     (
         {"args": {"vllm_importance_sampling_correction": False}},
@@ -234,3 +249,40 @@ def test_a_grpo_run_is_planned_to_ranks_that_run_grpo() -> None:
 def test_the_arguments_of_grpo_are_explained() -> None:
     assert explain("spec.grpo.args").type.startswith("keys of trl.GRPOConfig")
     assert explain("spec.grpo.args.loss_type").default == '"dapo"'
+
+
+CODE = {"rewards": [{"name": "code"}, {"name": "format"}]}
+
+
+def test_only_rewards_that_run_programs_have_a_sandbox_and_by_default_its_posttrains_own() -> None:
+    without = parse_training_run(build_resource(grpo={"sandbox": {"concurrency": 8}})).spec
+    default = parse_training_run(build_resource(grpo=CODE)).spec
+    piston = {"mode": "Piston", "endpoints": ["http://piston:2000", "http://piston:2001/api/v2"]}
+    others = parse_training_run(build_resource(grpo={**CODE, "sandbox": piston})).spec
+
+    assert without.used_sandbox is None
+    assert default.used_sandbox is not None
+    assert (default.used_sandbox.mode, default.used_sandbox.concurrency) == ("Local", 4)
+    assert others.used_sandbox is not None
+    assert others.used_sandbox.to_data()["endpoints"] == piston["endpoints"]
+
+
+def planned_of(grpo: dict[str, Any]) -> tuple[set[str], set[str | None]]:
+    """Return the kinds of a run's objects, and where its gang sends programs to."""
+    objects = preview_training_run(parse_training_run(build_resource(grpo=grpo)), now=T0, settings=Settings())
+    (job,) = (manifest for manifest in objects if manifest["kind"] == "PyTorchJob")
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    urls = {variable.get("value") for variable in container["env"] if variable["name"] == "POSTTRAIN_SANDBOX_URLS"}
+    return {manifest["kind"] for manifest in objects}, urls
+
+
+def test_servers_of_ones_own_take_the_place_of_the_sandbox() -> None:
+    piston = {"mode": "Piston", "endpoints": ["http://piston:2000", "http://piston:2001/api/v2"]}
+
+    own_kinds, own_urls = planned_of(CODE)
+    kinds, urls = planned_of({**CODE, "sandbox": piston})
+
+    assert own_kinds - kinds == {"Deployment", "Service"}
+    assert own_urls == {"http://demo-sandbox:2000"}
+    assert urls == {"http://piston:2000,http://piston:2001/api/v2"}
+    assert planned_of({})[1] == set()

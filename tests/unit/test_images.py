@@ -96,20 +96,20 @@ def test_an_image_takes_its_base_as_an_argument_and_runs_as_a_numbered_user(imag
 
 
 @pytest.mark.parametrize(
-    ("image", "folder", "module", "option"),
+    ("image", "folders", "module", "option"),
     [
         ("operator", "operator", "posttrain.control", "--settings FILE"),
-        ("sandbox", "workloads", "posttrain_workloads.sandbox", "--concurrency"),
+        ("sandbox", "operator:workloads", "posttrain_workloads.sandbox", "--concurrency"),
     ],
 )
 def test_what_an_image_serves_starts_with_what_its_lock_names(
-    image: str, folder: str, module: str, option: str
+    image: str, folders: str, module: str, option: str
 ) -> None:
     interpreter = ensure_environment(image, cache=cache_root(os.environ), report=print)
 
     done = subprocess.run(
         [interpreter, "-m", module, "--help"],
-        env={"PYTHONPATH": str(ROOT / folder)},
+        env={"PYTHONPATH": ":".join(str(ROOT / folder) for folder in folders.split(":"))},
         capture_output=True,
         text=True,
         check=False,

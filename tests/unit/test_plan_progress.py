@@ -21,6 +21,8 @@ from posttrain.contract.facts import (
     NonFinite,
     PrepareResult,
     ResultFact,
+    SignalLost,
+    SignalRegained,
     Started,
 )
 from posttrain.contract.progress import KubeflowReport
@@ -278,6 +280,22 @@ def test_the_first_number_that_is_not_finite_is_kept() -> None:
 
     assert progress.non_finite is not None
     assert (progress.non_finite.metric, progress.non_finite.step) == ("loss", 7)
+
+
+def test_what_a_check_of_the_signal_finds_is_known_until_it_is_over_or_another_attempt_begins() -> None:
+    dead = SignalLost(reason="RewardSignalDead", message="dead " * 99, step=7)
+    clipped = SignalLost(reason="CompletionsClipped", message="clipped", step=8)
+    lost = take(None, build_report(started(), dead, clipped))
+    over = take(lost, build_report(SignalRegained(reason="RewardSignalDead", step=9), first_seq=4))
+
+    assert [(report.reason, report.step) for report in lost.lost_signals or ()] == [
+        ("RewardSignalDead", 7),
+        ("CompletionsClipped", 8),
+    ]
+    assert max(len(report.message) for report in lost.lost_signals or ()) == 200
+    assert [report.reason for report in over.lost_signals or ()] == ["CompletionsClipped"]
+    assert take(over, build_report(started(), attempt=2)).lost_signals is None
+    assert must_show_at_once(lost, build_report(SignalRegained(reason="RewardSignalDead", step=9), first_seq=4))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])

@@ -19,6 +19,8 @@ from posttrain.contract.facts import (
     NonFinite,
     PrepareResult,
     ResultFact,
+    SignalLost,
+    SignalRegained,
     Started,
 )
 from posttrain.contract.progress import KubeflowReport
@@ -29,7 +31,7 @@ from posttrain.plan.progress import next_progress
 from posttrain.plan.training_run import plan_training_run
 from posttrain.plan.types import Manifest, ObjectRef, Observed, Plan, StatusPatch
 from posttrain.settings import Profile, Settings
-from tests.support.builders import T0, build_pod, build_report, build_run, end_pod, ended_status, rfc3339
+from tests.support.builders import GRPO, T0, build_pod, build_report, build_run, end_pod, ended_status, rfc3339
 
 MAX_INFRASTRUCTURE, MAX_APPLICATION = 3, 2
 SETTINGS = Settings(profiles={"default": Profile(price_per_gpu_hour="2")})
@@ -266,6 +268,12 @@ class World:
         if self.attempt and self.job_runs():
             self.tell(NonFinite(metric="loss", step=pick), attempt=self.attempt)
 
+    def the_gang_loses_or_regains_its_signal(self, pick: int) -> None:
+        if self.attempt and self.job_runs():
+            lost = SignalLost(reason="RewardSignalDead", message="all alike", step=pick)
+            change = lost if pick % 3 else SignalRegained(reason="RewardSignalDead", step=pick)
+            self.tell(change, attempt=self.attempt)
+
     def the_gang_tells_its_result(self, pick: int) -> None:
         if self.attempt and self.job_runs():
             self.tell(ResultFact(result=Result(reason="Completed", message="")), attempt=self.attempt)
@@ -391,6 +399,7 @@ HAPPENINGS = (
     World.somebody_deletes_the_job,
     World.the_gang_succeeds,
     World.the_gang_finds_no_number,
+    *[World.the_gang_loses_or_regains_its_signal] * 2,
     World.the_gang_tells_its_result,
     World.the_user_suspends_or_resumes,
 )
@@ -419,6 +428,7 @@ WITH_A_QUEUE = (
     gpus=st.sampled_from([0, 2]),
     prepare=st.booleans(),
     on_non_finite=st.sampled_from(["Fail", "Suspend"]),
+    on_dead_reward=st.sampled_from(["Warn", "Fail", "Suspend"]),
     deadline=st.sampled_from([None, 5000]),
     ttl=st.sampled_from([None, 100]),
     story=st.lists(
@@ -430,11 +440,14 @@ def test_what_always_holds_of_plans(
     gpus: int,
     prepare: bool,
     on_non_finite: str,
+    on_dead_reward: str,
     deadline: int | None,
     ttl: int | None,
     story: list[tuple[Callable[[World, int], None], int, int]],
 ) -> None:
     spec: dict[str, Any] = {
+        "sft": None,
+        "grpo": {**GRPO, "signal": {"deadReward": {"policy": on_dead_reward}}},
         "resources": {"numNodes": nodes, "gpusPerNode": gpus},
         "prepare": {"enabled": prepare},
         "restarts": {

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.contract.facts import Fact, Logged, Started
+from posttrain.local.completions import Newest, group_completions
 from posttrain.local.curves import (
     Line,
     Redone,
@@ -146,6 +147,32 @@ def test_the_report_of_a_failed_run_opens_with_the_cause_and_the_way_out(tmp_pat
     assert "NonFiniteLoss loss is nan at step 120 <b> Lower the learning rate. rank 0 · exit code 1" in page.text
     assert html.index("NonFiniteLoss") < html.index('class="figures"')
     assert "<b>" not in html
+
+
+def test_the_report_shows_the_newest_completions_with_what_they_scored_as_text(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "2 + 2 = <b>?", "completion": "<script>5</script>", "advantage": -0.5, "reward/accuracy": 0.0},
+        {"prompt": "2 + 2 = <b>?", "completion": "4", "advantage": 0.5, "reward/accuracy": 1.0},
+        {"prompt": "x" * 300, "completion": "y", "advantage": 0.0, "reward/accuracy": None},
+    ]
+    newest = Newest(step=40, groups=tuple(group_completions(rows)))
+    write_report(build_recorded_run(), storage=tmp_path, out=tmp_path / "report.html", completions=newest)
+
+    html = (tmp_path / "report.html").read_text()
+    page = _Page(html)
+    assert "What the model answered at step 40 The best of each group first." in page.text
+    assert "2 + 2 = <b>? accuracy 1; advantage +0.5 4 accuracy 0; advantage -0.5 <script>5</script>" in page.text
+    assert f"{'x' * 158} … {'x' * 300} accuracy none; advantage +0 y" in page.text
+    assert "<script>5" not in html
+
+
+def test_completions_that_cannot_be_read_are_a_note_in_the_report(tmp_path: Path) -> None:
+    newest = Newest(step=40, note="step-000040.parquet cannot be read")
+    write_report(build_recorded_run(), storage=tmp_path, out=tmp_path / "report.html", completions=newest)
+
+    page = _Page((tmp_path / "report.html").read_text())
+    assert "step-000040.parquet cannot be read" in page.text
+    assert "What the model answered" not in page.text
 
 
 def test_a_run_that_logged_nothing_still_has_a_report(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
 import pytest
 
+from posttrain.api.training_run import TrainingRunSpec
+from posttrain.contract.config import GangShape, HubSource, RunIdentity, TrainingConfig
 from posttrain_workloads.runtime import RankFailure
-from posttrain_workloads.scoring import WatchedReward
+from posttrain_workloads.scoring import WatchedReward, open_sandbox
 
 
 def call(score: Any, *, completions: list[str]) -> tuple[WatchedReward, list[float | None], dict[str, float]]:
@@ -65,7 +68,75 @@ def test_a_reward_that_fails_only_on_all_together_scores_none() -> None:
     assert reward.last_error.startswith("reward mine fails on 2 completions together: ")
 
 
+def test_rewards_that_are_async_are_awaited_together_and_watched_like_others() -> None:
+    """Each waits until the other one has begun: one after the other they would never end."""
+    begun: list[asyncio.Event] = []
+
+    async def meet(completions: list[str], **columns: Any) -> list[float]:
+        begun.append(asyncio.Event())
+        while len(begun) < 2:
+            await asyncio.sleep(0)
+        if "bad" in completions:
+            raise ValueError("cannot read it")
+        return [1.0] * len(completions)
+
+    rewards = [WatchedReward(name, meet) for name in ("one", "two")]
+    calls = [reward.for_trainer() for reward in rewards]
+    logged: dict[str, float] = {}
+    columns: dict[str, Any] = {"prompts": ["?", "?"], "log_metric": logged.__setitem__, "trainer_state": None}
+
+    async def call_all() -> list[list[float | None]]:
+        return list(await asyncio.gather(*(call(completions=["good", "bad"], **columns) for call in calls)))
+
+    assert asyncio.run(asyncio.wait_for(call_all(), timeout=60)) == [[1.0, None], [1.0, None]]
+    assert [call.__name__ for call in calls] == ["one", "two"]
+    assert logged["rewards/one/failed"] == logged["rewards/two/failed"] == 0.5
+    assert rewards[0].last_error.endswith("ValueError: cannot read it")
+    reward = WatchedReward("plain", count_letters)
+    assert reward.for_trainer() is reward
+
+
+def test_before_there_is_a_trainer_an_async_reward_runs_by_itself() -> None:
+    async def score(completions: list[str], **columns: Any) -> list[float]:
+        return [2.0 for _ in completions]
+
+    assert WatchedReward("mine", score).compute(completions=["a"]) == [2.0]
+
+
 def test_a_wrong_number_of_values_ends_the_run() -> None:
     with pytest.raises(RankFailure, match="reward mine returned 1 values for 2 completions") as failed:
         call(lambda completions, **_: [1.0], completions=["a", "b"])
     assert failed.value.reason == "RewardFunctionFailed"
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, 8), (3, 2), (9, 2)])
+def test_the_ranks_share_what_the_sandboxes_take_at_the_same_time(ranks: int, parallel: int) -> None:
+    endpoints = ["http://piston:2000", "http://piston:2001"]
+    config = build_config(ranks=ranks, sandbox={"mode": "Piston", "endpoints": endpoints, "concurrency": 4})
+
+    sandbox = open_sandbox(config, environ={"POSTTRAIN_SANDBOX_URLS": ",".join(endpoints)})
+
+    assert sandbox is not None
+    assert (list(sandbox.urls), sandbox.parallel) == (endpoints, parallel)
+
+
+def build_config(*, ranks: int, sandbox: dict[str, Any]) -> TrainingConfig:
+    spec = TrainingRunSpec.model_validate(
+        {
+            "model": {"source": "org/model"},
+            "datasets": [{"source": "org/data"}],
+            "grpo": {"rewards": [{"name": "code"}], "sandbox": sandbox},
+        }
+    )
+    return TrainingConfig(
+        run=RunIdentity(kind="TrainingRun", namespace="team", name="demo"),
+        attempt=1,
+        method="grpo",
+        config_hash="",
+        spec=spec,
+        args={},
+        model=HubSource(repo="org/model", revision="main"),
+        datasets=(),
+        eval_datasets=(),
+        gang=GangShape(num_nodes=1, processes_per_node=ranks, gpus_per_node=0),
+    )

@@ -92,7 +92,7 @@ class Command:
             except OSError:
                 continue
             variables = environment.split(b"\0")
-            ours = f"POSTTRAIN_RUNTIME={self.run_folder.path}".encode() in environment
+            ours = f"={self.run_folder.pods}/".encode() in environment
             of_rank = rank is None or (f"RANK={rank}".encode() in variables and b"LOCAL_RANK=" in environment)
             of_pod = pod is None or f"POSTTRAIN_POD_NAME={pod}".encode() in variables
             if ours and of_rank and of_pod:

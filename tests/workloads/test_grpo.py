@@ -60,6 +60,7 @@ def test_a_run_trains_on_several_rewards_and_keeps_what_they_scored(
             {"name": "accuracy"},
             {"function": "own_rewards:short", "weight": "0.5"},
             {"function": "own_rewards:picky"},
+            {"function": "own_rewards:slow", "weight": "0.1"},
         ],
         args={"max_steps": 2, "beta": 0.1},
         systemPrompt="Answer in one word.",
@@ -71,9 +72,10 @@ def test_a_run_trains_on_several_rewards_and_keeps_what_they_scored(
 
     [first, second] = [entry for entry in pod.log_history() if "loss" in entry]
     for entry in (first, second):
-        parts = [entry[f"rewards/{name}/mean"] for name in ("accuracy", "short")]
+        parts = [entry[f"rewards/{name}/mean"] for name in ("accuracy", "short", "slow")]
         assert parts[0] == 0
         assert parts[1] < 0
+        assert parts[2] < 0
         split = [entry[f"time/{name}"] for name in ("rollout", "rewards", "training")]
         assert min(split) > 0
         assert sum(split) == pytest.approx(entry["time/step"])
@@ -88,6 +90,7 @@ def test_a_run_trains_on_several_rewards_and_keeps_what_they_scored(
     assert {row["prompt"].partition("\n")[0] for row in rows} == {"system: Answer in one word."}
     for row in rows:
         assert row["reward/short"] < 0
+        assert row["reward/slow"] == pytest.approx(-len(row["completion"]) / 100)
         assert row["reward/picky"] in {None, 1.0}
         assert isinstance(row["advantage"], float)
     unscored = [row["reward/picky"] is None for row in rows]

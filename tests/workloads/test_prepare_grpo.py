@@ -19,6 +19,10 @@ OWN_CODE = {
         "def few(completions, **columns):\n    return [1.0]\n\n"
         "def text(completions, **columns):\n    return ['high'] * len(completions)\n"
     ),
+    "async_rewards.py": (
+        "async def fair(completions, answer, **columns):\n    return [float(a) for a in answer]\n\n"
+        "async def few(completions, **columns):\n    return [1.0]\n"
+    ),
     "broken_rewards.py": "import nothing_of_the_kind\n",
 }
 
@@ -42,7 +46,10 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     def case(name: str, *rewards: dict[str, Any], rows: Path = rows, **more: Any) -> dict[str, Any]:
         given = list(rewards) or [{"name": "accuracy"}]
         config = build_grpo_config(model=tiny_model, rows=rows, rewards=given, **more)
-        return {"name": name, "config": config, "code": str(folder / "code")}
+        sandbox = config.spec.used_sandbox
+        urls = ",".join(sandbox.endpoints or ()) if sandbox is not None else ""
+        environ = {"environ": {"POSTTRAIN_SANDBOX_URLS": urls}} if urls else {}
+        return {"name": name, "config": config, "code": str(folder / "code"), **environ}
 
     cases = [
         case("good", {"name": "accuracy"}, {"function": "good_rewards:fair"}, systemPrompt="Think."),
@@ -68,6 +75,12 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
             {"function": "bad_rewards:few"},
             {"function": "bad_rewards:text"},
         ),
+        case("a server that is none", {"name": "code"}, grpo={
+            "sandbox": {"mode": "Piston", "endpoints": ["http://127.0.0.1:9"]}
+        }),
+        case("async", {"function": "async_rewards:fair"}, {"function": "async_rewards:few"}),
+        case("cispo", args={"loss_type": "cispo"}),
+        case("cispo with a bound", args={"loss_type": "cispo", "epsilon_high": 5.0}),
         case("reference", args={"beta": 0.1}, model_fields={"config": {"rope_theta": 5.0}}),
     ]  # fmt: skip
     return run_cases(cases, python=trainer_python, folder=folder)
@@ -106,6 +119,9 @@ BAD = [
     ("own rewards fail", "RewardFunctionFailed", "TypeError: 'int' object is not subscriptable"),
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:few returns 1 values for 3 completions"),
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 3 completions"),
+    ("a server that is none", "SandboxUnreachable", "the sandbox http://127.0.0.1:9/api/v2 does not answer as Piston"),
+    ("a server that is none", "DatasetColumnMissing", "reward code reads the column verification_info"),
+    ("async", "RewardFunctionFailed", "spec.grpo.rewards[1].function: async_rewards:few returns 1 values for 3 comp"),
     ("vllm elsewhere", "PackageMissing", "spec.grpo.rollout.mode: Colocate needs the package vllm, which is not inst"),
     ("vllm elsewhere", "ConfigInvalid", "spec.grpo.args.vllm_max_model_length: 20 tokens are fewer than the longest p"),
     ("reference", "ConfigInvalid", "the reference model is loaded without the overrides of spec.model.config"),
@@ -122,6 +138,16 @@ def test_a_problem_is_named_with_its_reason_and_its_remedy(
 def test_a_completion_that_may_outgrow_the_model_is_a_warning(found: dict[str, Any]) -> None:
     assert found["nearly long"]["problems"] == []
     assert "max_completion_length 500 are together more than the 512 tokens" in found["nearly long"]["warnings"][0]
+
+
+def test_an_async_reward_is_tried_like_any_other(found: dict[str, Any]) -> None:
+    assert len(found["async"]["problems"]) == 1
+
+
+def test_cispo_without_its_own_bound_is_a_warning(found: dict[str, Any]) -> None:
+    assert found["cispo"]["problems"] == []
+    assert "spec.grpo.args.epsilon_high is not set, and loss_type cispo takes it for" in found["cispo"]["warnings"][0]
+    assert found["cispo with a bound"]["warnings"] == []
 
 
 def test_a_run_in_which_nobody_sees_stale_weights_is_warned_of(found: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.processes import wait_for
 from tests.workloads._command import POSTTRAIN, WAIT_SECONDS, Command
-from tests.workloads._configs import ARGS
+from tests.workloads._configs import ARGS, GRPO_ARGS
 
 pytestmark = pytest.mark.workloads
 
@@ -132,6 +132,35 @@ def test_status_needs_nothing_from_the_storage(command: Command) -> None:
     assert told == [(entry["step"], pytest.approx(entry["loss"])) for entry in trained if "loss" in entry]
 
 
+def test_a_reward_that_tells_nothing_apart_suspends_the_run_after_a_checkpoint(command: Command, rows: Path) -> None:
+    problems = [json.loads(line)["messages"][0]["content"] for line in rows.read_text().splitlines()]
+    data = command.folder.with_name("problems.jsonl")
+    data.write_text("".join(json.dumps({"prompt": problem}) + "\n" for problem in problems))
+    del command.spec["sft"]
+    command.spec |= {
+        "datasets": [{"source": f"file://{data}"}],
+        "code": {"path": str(Path(__file__).with_name("own_code"))},
+        "grpo": {
+            "rewards": [{"function": "own_rewards:constant"}],
+            "args": {**GRPO_ARGS, "max_steps": 10_000},
+            "signal": {"deadReward": {"policy": "Suspend", "steps": 3}},
+        },
+        "resources": {"gpusPerNode": 0},
+        "prepare": {"enabled": False},
+        "checkpoints": {"everySteps": 10_000},
+    }
+    code, output = command.start("--plain").wait()
+    assert code != 0, output + command.logs()
+    found = "frac_reward_zero_std is 1 at step 3, and was at least 0.95 for 3 logged steps in a row"
+    assert f"Warning: RewardSignalDead: attempt 1: {found}: the run is suspended" in output
+
+    status = command.status().status
+    assert (status.stage, status.attempt) == ("Suspended", 2)
+    assert status.checkpoints is not None and status.checkpoints.latest_step is not None
+    assert status.failure is not None and "harder prompts" in (status.failure.advice or "")
+    assert [fact.body.step for fact in command.facts() if fact.body.type == "SignalLost"] == [3]
+
+
 def test_what_prepare_finds_wrong_ends_the_command_before_any_training(command: Command, tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
     command.spec["datasets"] = [{"source": f"file://{tmp_path}/odd.jsonl"}]
@@ -154,3 +183,31 @@ def test_a_file_with_problems_writes_nothing(command: Command) -> None:
     assert code == 2
     assert "did you mean learning_rate?" in output and "output_dir: is set by posttrain" in output
     assert not (command.folder / ".posttrain").exists()
+
+
+def test_programs_out_of_completions_are_scored_in_a_sandbox_that_goes_with_the_run(
+    command: Command, tmp_path: Path
+) -> None:
+    tests = [{"input": str(number), "output": str(2 * number)} for number in (2, 21)]
+    row = {"problem": "Double it.", "verification_info": {"language": "python", "test_cases": tests}}
+    (tmp_path / "problems.jsonl").write_text(8 * (json.dumps(row) + "\n"))
+    rewarded = {"args": {**GRPO_ARGS, "max_steps": 2}, "rewards": [{"name": "code"}], "sandbox": {"concurrency": 2}}
+    del command.spec["sft"]
+    command.spec |= {
+        "datasets": [{"source": f"file://{tmp_path / 'problems.jsonl'}"}],
+        "promptColumn": "problem",
+        "grpo": {**rewarded, "trainerClass": "written_programs:ProgramTrainer"},
+        "code": {"path": str(Path(__file__).with_name("own_code"))},
+        "resources": {"gpusPerNode": 0, "processesPerNode": 1},
+        "prepare": {"enabled": False},
+    }
+
+    code, output = command.start().wait()
+
+    assert code == 0, output + command.logs()
+    logged = [fact.body.metrics for fact in command.facts() if fact.body.type == "Logged"]
+    steps = [metrics for metrics in logged if "loss" in metrics]
+    assert [float(metrics["rewards/code/mean"]) for metrics in steps] == [0.5, 0.5]
+    assert [float(metrics["rewards/code/unscored"]) for metrics in steps] == [0, 0]
+    assert "listening on http://127.0.0.1:" in command.run_folder.log_file("tiny-sandbox-0").read_text()
+    assert command.processes() == []

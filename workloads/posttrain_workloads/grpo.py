@@ -14,6 +14,7 @@ from posttrain_workloads.arguments import build_args
 from posttrain_workloads.prompts import number_rows, shape_prompts
 from posttrain_workloads.rank import Rank, assert_world_size, choose_checkpoint, run_rank, train_to_the_end
 from posttrain_workloads.scoring import build_rewards
+from posttrain_workloads.signal import SignalWatch
 
 
 def main() -> None:
@@ -24,6 +25,7 @@ def main() -> None:
 def train(rank: Rank) -> None:
     """Train from the newest verified checkpoint, or from the start, to the marked model folder."""
     config, environ = rank.config, rank.environ
+    assert config.spec.grpo is not None
     from transformers import set_seed
 
     from posttrain_workloads.data import load_mixture
@@ -36,7 +38,7 @@ def train(rank: Rank) -> None:
     assert_world_size(config)  # before anything is written: two gangs of one would both be rank 0 of one storage
     set_seed(args.seed)
     callbacks, trainer_class = build_callbacks(config), load_trainer_class(config)
-    rewards = build_rewards(config)
+    rewards = build_rewards(config, environ=environ)
     found = choose_checkpoint(rank)
 
     tokenizer = load_tokenizer(config, environ=environ)
@@ -52,11 +54,18 @@ def train(rank: Rank) -> None:
         trainer_class=watch_rollouts(trainer_class, watch, rewards=rewards),
         callbacks=[
             *callbacks,
-            RolloutCallback(watch, storage=rank.storage, rank=rank.rank, resumed_from=found.path),
+            RolloutCallback(
+                watch,
+                SignalWatch(config.spec.grpo.signal.checks.values()),
+                storage=rank.storage,
+                rank=rank.rank,
+                reporter=rank.reporter,
+                resumed_from=found.path,
+            ),
             *set_up_rollouts(config, args, model=model, tokenizer=tokenizer),
         ],
         model=model,
-        reward_funcs=rewards,
+        reward_funcs=[reward.for_trainer() for reward in rewards],
         args=args,
         train_dataset=number_rows(mixture.train),
         eval_dataset=number_rows(mixture.test) if mixture.test is not None else None,

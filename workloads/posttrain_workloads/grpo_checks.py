@@ -21,8 +21,9 @@ from posttrain_workloads.formats import scan_rows
 from posttrain_workloads.outcome import KnownModel, Outcome
 from posttrain_workloads.problems import Findings, InvalidInputs, Problem, last_lines, refuse
 from posttrain_workloads.prompts import PROMPT, shape_prompts
+from posttrain_workloads.rewards.execution import ExecutionError
 from posttrain_workloads.runtime import RankFailure
-from posttrain_workloads.scoring import WatchedReward, build_rewards
+from posttrain_workloads.scoring import WatchedReward, build_rewards, open_sandbox
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,8 +46,10 @@ def check_grpo(
     findings = outcome.findings
     rewards: list[WatchedReward] = []
     with findings.collect():
-        rewards = build_rewards(config)
+        rewards = build_rewards(config, environ=environ)
+    check_endpoints(config, findings, environ=environ)
     check_reference(config, findings)
+    check_loss(config, findings)
     warn_of_unseen_weights(args, findings)
     mixture: Mixture | None = None
     # Without a tokenizer, which is a problem already, the rest is looked at as with most models.
@@ -90,6 +93,33 @@ def check_reference(config: TrainingConfig, findings: Findings) -> None:
                 "would be another model: leave beta out, train an adapter (spec.peft), or write the overrides into the "
                 "model's own config.json",
             )
+        )
+
+
+def check_endpoints(config: TrainingConfig, findings: Findings, *, environ: Mapping[str, str]) -> None:
+    """See that servers for programs that are not ours answer, and have any language; ours is not there yet."""
+    used, sandbox = config.spec.used_sandbox, open_sandbox(config, environ=environ)
+    if used is None or sandbox is None or used.mode == "Local":
+        return
+    path = "spec.grpo.sandbox.endpoints"
+    try:
+        languages = sandbox.languages()
+    except ExecutionError as error:
+        findings.add(Problem("SandboxUnreachable", f"{path}: {error}"))
+        return
+    for url, known in languages.items():
+        if not known:
+            message = f"{path}: the sandbox {url} has no language: install its packages, python and gcc"
+            findings.add(Problem("SandboxUnreachable", message))
+
+
+def check_loss(config: TrainingConfig, findings: Findings) -> None:
+    """See that CISPO's bound is not the other losses': TRL falls back to `epsilon`, which would clip any rise."""
+    if config.args.get("loss_type") == "cispo" and config.args.get("epsilon_high") is None:
+        findings.warnings.append(
+            "spec.grpo.args.epsilon_high is not set, and loss_type cispo takes it for the greatest importance ratio "
+            "itself, not for a distance from 1: with the default of epsilon, 0.2, every token that matters is scaled "
+            "down to it. ScaleRL, whose loss it is, recommends 5.0"
         )
 
 
@@ -142,7 +172,7 @@ def try_own_rewards(config: TrainingConfig, findings: Findings, rows: Dataset, *
         path = f"spec.grpo.rewards[{index}].function: {reward.function}"
         with findings.collect():
             try:
-                scores = built.score(
+                scores = built.compute(
                     prompts=prompts,
                     completions=completions,
                     completion_ids=[[0]] * len(prompts),

@@ -20,8 +20,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from posttrain.contract.checkpoints import checkpoint_folder
 from posttrain_workloads import _compat
 from posttrain_workloads.completions import Completions, write_completions
+from posttrain_workloads.reporting import Reporter
 from posttrain_workloads.runtime import RankFailure
 from posttrain_workloads.scoring import REASON, WatchedReward
+from posttrain_workloads.signal import SignalWatch
 
 
 class Watch:
@@ -91,10 +93,21 @@ def watch_rollouts(trainer_class: Any, watch: Watch, *, rewards: Sequence[Watche
 
 
 class RolloutCallback(TrainerCallback):  # type: ignore[misc]
-    """Logs a step's times, keeps the completions of each logged step, and adds a begun rollout to a checkpoint."""
+    """What is logged, told and kept of each step, and a begun rollout in a checkpoint."""
 
-    def __init__(self, watch: Watch, *, storage: Path, rank: int, resumed_from: Path | None) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        signal: SignalWatch,
+        *,
+        storage: Path,
+        rank: int,
+        reporter: Reporter | None,
+        resumed_from: Path | None,
+    ) -> None:
         self._watch = watch
+        self._signal = signal
+        self._reporter = reporter
         self._storage = storage
         self._rank = rank
         self._resumed_from = resumed_from
@@ -115,7 +128,17 @@ class RolloutCallback(TrainerCallback):  # type: ignore[misc]
         for name, seconds in self._watch.end().items():
             _compat.add_metric(self._watch.trainer, f"time/{name}", seconds)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._reporter is not None:
+            for change in self._signal.see(logs or {}, step=state.global_step):
+                self._reporter.send(change)
         completions, self._watch.completions = self._watch.completions, None
         if completions is not None:
             write_completions(completions, storage=self._storage, step=state.global_step)

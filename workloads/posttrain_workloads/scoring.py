@@ -5,27 +5,33 @@ It owns what becomes of a reward that fails or gives no number; it must not comp
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from posttrain.api.grpo import Reward
+from posttrain.contract import environment
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads import rewards
 from posttrain_workloads.owncode import load_entry_point
 from posttrain_workloads.problems import Findings, InvalidInputs, last_lines
+from posttrain_workloads.rewards.execution import PistonSandbox
 from posttrain_workloads.runtime import RankFailure
 
 REASON = "RewardFunctionFailed"
-Score = Callable[..., Sequence[float | None]]
+Scores = Sequence[float | None]
+Score = Callable[..., Scores | Coroutine[Any, Any, Scores]]
 """TRL's signature: prompts, completions, completion_ids and the data's columns, each a list as long as the others."""
 
 # What the trainer hands to a reward beside lists with an entry a completion (trl/trainer/grpo_trainer.py).
 _NOT_A_COLUMN = frozenset({"trainer_state", "log_extra", "log_metric"})
 _EXCERPT = 500
+_MIB = 1 << 20
 
 
 @dataclass
@@ -40,6 +46,8 @@ class WatchedReward:
     score: Score
     last_error: str = ""
     """The newest error, in words."""
+    loop: asyncio.AbstractEventLoop | None = None
+    """In which a reward that is `async def` runs."""
 
     @property
     def __name__(self) -> str:
@@ -69,8 +77,27 @@ class WatchedReward:
         log_metric(f"rewards/{self.name}/unscored", sum(score is None for score in scores) / len(completions))
         return scores
 
+    def for_trainer(self) -> Callable[..., Any]:
+        """Return what TRL calls: for an `async def` a coroutine function, which it awaits together with the others."""
+        if not _is_async(self.score):
+            return self
+
+        async def call(**columns: Any) -> list[float | None]:
+            self.loop = asyncio.get_running_loop()
+            return await asyncio.to_thread(self, **columns)
+
+        call.__name__ = self.name
+        return call
+
+    def compute(self, **columns: Any) -> Scores:
+        """Return what the reward itself gives; an `async def` runs in the trainer's loop, before there is one alone."""
+        scores = self.score(**columns)
+        if not isinstance(scores, Coroutine):
+            return scores
+        return asyncio.run_coroutine_threadsafe(scores, self.loop).result() if self.loop else asyncio.run(scores)
+
     def _score(self, lists: dict[str, Any], passed_on: dict[str, Any]) -> list[float | None]:
-        scores = list(self.score(**lists, **passed_on))
+        scores = list(self.compute(**lists, **passed_on))
         expected = len(lists["completions"])
         if len(scores) != expected:
             raise RankFailure(
@@ -127,31 +154,51 @@ class WatchedReward:
         logging.warning("%s", self.last_error)
 
 
-def build_rewards(config: TrainingConfig) -> list[WatchedReward]:
-    """Return the rewards of spec.grpo.rewards, in their order.
+def build_rewards(config: TrainingConfig, *, environ: Mapping[str, str]) -> list[WatchedReward]:
+    """Return the rewards of spec.grpo.rewards, in their order; those that run programs share a sandbox.
 
     Raises:
         InvalidInputs: every own reward that does not import.
     """
     assert config.spec.grpo is not None
     findings = Findings()
+    sandbox = open_sandbox(config, environ=environ)
     built: list[WatchedReward] = []
     for index, reward in enumerate(config.spec.grpo.rewards):
         with findings.collect():
             name = _unused(_name(reward), [other.name for other in built])
-            built.append(WatchedReward(name, _build(reward, path=f"spec.grpo.rewards[{index}]")))
+            built.append(WatchedReward(name, _build(reward, sandbox=sandbox, path=f"spec.grpo.rewards[{index}]")))
     if findings.problems:
         raise InvalidInputs(findings.problems)
     return built
 
 
-def _build(reward: Reward, *, path: str) -> Score:
+def open_sandbox(config: TrainingConfig, *, environ: Mapping[str, str]) -> PistonSandbox | None:
+    """Return the sandbox that the run's rewards use; None where none of them runs programs. Nothing is sent yet.
+
+    The ranks share what it takes at the same time; each of them sends it one program at least.
+    """
+    used = config.spec.used_sandbox
+    if used is None:
+        return None
+    return PistonSandbox(
+        environ[environment.SANDBOX_URLS].split(","),
+        per_endpoint=max(used.concurrency // config.gang.world_size, 1),
+        max_memory_bytes=used.memory_mib * _MIB,
+    )
+
+
+def _build(reward: Reward, *, sandbox: PistonSandbox | None, path: str) -> Score:
     if reward.name is not None:
-        score: Score = rewards.build(reward.name, **reward.params)
+        score: Score = rewards.build(reward.name, sandbox=sandbox, **reward.params)
         return score
     assert reward.function is not None
     function: Score = load_entry_point(reward.function, path=f"{path}.function")
     return partial(function, **reward.params)
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
 
 
 def _name(reward: Reward) -> str:

@@ -22,6 +22,7 @@ SUCCEEDED = "Succeeded"
 FINISHED = "Finished"
 READY = "Ready"
 STALLED = "Stalled"
+SIGNAL_HEALTHY = "SignalHealthy"
 
 TRAINING_RUN_CONDITIONS = (
     ACCEPTED,
@@ -35,6 +36,9 @@ TRAINING_RUN_CONDITIONS = (
     STALLED,
 )
 """Every condition of a TrainingRun, in the order in which they are shown; all are present from the first plan."""
+
+GRPO_CONDITIONS = (*TRAINING_RUN_CONDITIONS, SIGNAL_HEALTHY)
+"""Those of a run that learns from rewards."""
 
 MESSAGE_MAX_LENGTH = 2048
 

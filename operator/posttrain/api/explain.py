@@ -16,6 +16,7 @@ from posttrain.api.training_run import (
     KIND,
     MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
+    MUTABLE_GRPO_FIELDS,
     MUTABLE_RESOURCES_FIELDS,
 )
 from posttrain.errors import UserError
@@ -159,9 +160,8 @@ def _entries(node: Node) -> tuple[Entry, ...]:
 def _is_mutable(steps: list[str]) -> bool | None:
     if len(steps) < 2 or steps[0] != "spec":
         return None
-    return steps[1] in MUTABLE_FIELDS or (
-        steps[1] == "checkpoints" and len(steps) > 2 and steps[2] in MUTABLE_CHECKPOINT_FIELDS
-    )
+    parts = {"checkpoints": MUTABLE_CHECKPOINT_FIELDS, "grpo": MUTABLE_GRPO_FIELDS}
+    return steps[1] in MUTABLE_FIELDS or (len(steps) > 2 and steps[2] in parts.get(steps[1], ()))
 
 
 def _not_found(name: str, before: list[str], fields: dict[str, Node]) -> str:

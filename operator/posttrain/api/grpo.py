@@ -5,14 +5,15 @@ It owns what the fields under `spec.grpo` mean and which values they take; it mu
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from posttrain.api.base import ApiModel, Decimal, JsonObject, ShortText
+from posttrain.api.base import ApiModel, Decimal, Distinct, JsonObject, ShortText
 from posttrain.api.rules import Rule
 from posttrain.api.servers import RolloutServers
 from posttrain.api.shapes import EntryPoint
+from posttrain.api.signal import Signal
 
 
 class Reward(ApiModel):
@@ -26,7 +27,8 @@ class Reward(ApiModel):
     function: EntryPoint | None = Field(
         default=None,
         description="`module:name` of a reward in `code`: a function of prompts, completions and the data's columns, "
-        "which returns a number, or None where it cannot score, for each completion.",
+        "which returns a number, or None where it cannot score, for each completion. It may be `async def`: such "
+        "rewards are awaited together.",
         examples=["rewards:says_please"],
     )
     weight: Decimal = Field(
@@ -48,6 +50,62 @@ class Reward(ApiModel):
             "rewarded",
             cel="has(self.name) != has(self.function)",
             holds=lambda reward: ("name" in reward) != ("function" in reward),
+        ),
+    )
+
+
+PistonAddress = Annotated[
+    str,
+    StringConstraints(pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?$", max_length=256),
+]
+"""The address of a server that speaks Piston's API, with or without `/api/v2` behind."""
+
+
+class Sandbox(ApiModel):
+    """Where programs out of completions run, for the rewards that need it."""
+
+    mode: Literal["Local", "Piston"] = Field(
+        default="Local",
+        description="Local: posttrain's own sandbox, a pod beside the trainer that goes when the run ends. Piston: "
+        "servers of your own that speak Piston's API. Default: Local.",
+        examples=["Local"],
+    )
+    endpoints: Annotated[tuple[PistonAddress, ...], Field(min_length=1, max_length=32), Distinct()] | None = Field(
+        default=None,
+        description="Addresses of the servers, which share the work; for Piston, and for nothing else.",
+        examples=[["http://piston.tools.svc:2000"]],
+    )
+    concurrency: int = Field(
+        default=4,
+        ge=1,
+        le=256,
+        description="How many programs run at the same time. The local sandbox gets a CPU for each, and one more; "
+        "with Piston it is the number for each server. Default: 4.",
+        examples=[4],
+    )
+    memory_mib: int = Field(
+        default=1024,
+        ge=64,
+        le=65536,
+        description="The most memory of one program, in MiB. The local sandbox gets so much for each that runs at the "
+        "same time, and 1 GiB for itself. Default: 1024.",
+        examples=[1024],
+    )
+    max_seconds: int = Field(
+        default=60,
+        ge=1,
+        le=600,
+        description="The longest time that the local sandbox gives a program, whatever its problem allows. "
+        "Default: 60.",
+        examples=[60],
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="endpoints",
+            message="mode Piston needs the addresses of its servers in endpoints, and mode Local has none",
+            cel="(self.mode == 'Piston') == has(self.endpoints)",
+            holds=lambda sandbox: (sandbox["mode"] == "Piston") == ("endpoints" in sandbox),
         ),
     )
 
@@ -102,8 +160,20 @@ class Grpo(ApiModel):
         description="What is rewarded: the weighted sum of all of them.",
         examples=[[{"name": "accuracy"}, {"name": "format", "weight": "0.5"}]],
     )
+    sandbox: Sandbox | None = Field(
+        default=None,
+        description="Where programs out of completions run; only code, binary_code, ioi_code and cf_code run any. "
+        "Default: posttrain's own sandbox.",
+        examples=[{"concurrency": 8}],
+    )
     rollout: Rollout = Field(
         default=Rollout(),
         description="How completions are generated. Default: by the trainer's own model.",
         examples=[{"mode": "Colocate"}],
+    )
+    signal: Signal = Field(
+        default=Signal(),
+        description="Checks of what the run learns from, and what follows where one finds something; may change while "
+        "the run lives, bounds and steps from the next attempt on. Default: a warning.",
+        examples=[{"deadReward": {"policy": "Suspend"}}],
     )

@@ -26,7 +26,7 @@ def find_grpo_problems(spec: TrainingRunSpec) -> list[tuple[Path, str]]:
     if spec.grpo is None:
         return []
     groups = _groups(spec.grpo, world_size=spec.resources.world_size)
-    return [*_rewards(spec.grpo), *groups, *find_rollout_problems(spec)]
+    return [*_rewards(spec.grpo), *groups, *find_rollout_problems(spec), *_signal(spec.grpo)]
 
 
 def _rewards(grpo: Grpo) -> list[tuple[Path, str]]:
@@ -35,9 +35,6 @@ def _rewards(grpo: Grpo) -> list[tuple[Path, str]]:
         if reward.name is None:
             continue
         path: Path = ("spec", "grpo", "rewards", index)
-        if reward.name in REWARDS and REWARDS[reward.name].needs_sandbox:
-            message = "runs programs out of completions, for which there is no sandbox yet: choose another reward"
-            found.append(((*path, "name"), message))
         for problem in check_reward(reward.name, reward.params):
             place = ("name",) if problem.param is None else ("params", problem.param)
             found.append(((*path, *place), problem.message))
@@ -113,6 +110,20 @@ def _groups(grpo: Grpo, *, world_size: int) -> list[tuple[Path, str]]:
             )
         ]
     return []
+
+
+def _signal(grpo: Grpo) -> list[tuple[Path, str]]:
+    """Find a check that somebody relies on and that would never find anything."""
+    policy = grpo.signal.kl_divergence.policy
+    if policy == "Warn" or grpo.args.get("beta", table_of("grpo").keys["beta"].default):
+        return []
+    return [
+        (
+            ("spec", "grpo", "signal", "klDivergence", "policy"),
+            f"{policy} would never come: without a reference model (spec.grpo.args.beta is 0) no KL divergence is "
+            "computed: set beta, or leave klDivergence out",
+        )
+    ]
 
 
 def _values(total: int) -> str:

@@ -10,6 +10,7 @@ from typing import get_args
 from pydantic import StringConstraints
 
 from posttrain.api.base import DnsLabel, ObjectName
+from posttrain.api.grpo import PistonAddress
 from posttrain.api.shapes import SOURCE_PATTERN, EntryPoint, EnvironmentName, HubEndpoint
 from posttrain.api.spelling import write_value
 
@@ -26,6 +27,7 @@ _MEANINGS = {
     _pattern_of(EntryPoint): 'of the form "module:Name", the module in spec.code and the name in the module',
     _pattern_of(EnvironmentName): "a name of letters, digits and underscores that does not begin with a digit",
     _pattern_of(HubEndpoint): "an address that begins with https:// or http://",
+    _pattern_of(PistonAddress): "the address of a server, as in http://host:2000",
 }
 
 

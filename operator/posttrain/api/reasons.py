@@ -233,6 +233,24 @@ _CATALOGUE = (
         message="The queue places pods by topology, which posttrain does not support.",
         advice="Use a queue whose ResourceFlavors have no topologyName.",
     ),
+    # The sandbox
+    Reason(
+        name="SandboxStarting",
+        message="The sandbox for programs out of completions is starting.",
+    ),
+    Reason(
+        name="SandboxFailed",
+        message="The sandbox ends instead of serving.",
+        advice="Its last words are in the message: where a wall does not hold, its node's kernel, or the RuntimeClass "
+        "or seccomp profile around it, is too old. Choose other nodes in the operator's settings (sandbox), or servers "
+        "of your own in spec.grpo.sandbox.",
+    ),
+    Reason(
+        name="SandboxUnreachable",
+        message="A server in spec.grpo.sandbox.endpoints does not answer as Piston does.",
+        advice="Check the address, that the server runs and has its languages installed, and that no network policy "
+        "keeps the run's pods from it.",
+    ),
     # Waiting
     Reason(
         name="Unschedulable",
@@ -285,6 +303,30 @@ _CATALOGUE = (
         message="No reward could score any completion of a step, or an own reward fails on the data.",
         advice="Mend the reward that the message names, or the column that it reads: nothing is learnt from "
         "completions without a reward.",
+    ),
+    # What a grpo run learns from
+    Reason(name="SignalHealthy", message="No check of spec.grpo.signal finds anything."),
+    Reason(
+        name="RewardSignalDead",
+        message="Nearly every group of completions is rewarded alike: there is nothing to learn from.",
+        advice="See what is rewarded (`posttrain samples`, report.html). Where all fail, take easier prompts, a reward "
+        "with partial credit, or more num_generations; where all are right, harder prompts.",
+    ),
+    Reason(
+        name="EntropyCollapsed",
+        message="The model is nearly certain of each token: it does not try anything any more.",
+        advice="Go back to an earlier checkpoint with a lower learning_rate, a higher epsilon_high or temperature, or "
+        "an entropy_coef.",
+    ),
+    Reason(
+        name="KlTooLarge",
+        message="The model has moved further away from the reference model than its bound.",
+        advice="Lower learning_rate, or raise beta.",
+    ),
+    Reason(
+        name="CompletionsClipped",
+        message="Nearly all completions are cut off at max_completion_length.",
+        advice="Raise max_completion_length, or reward shorter completions (soft_overlong_punishment).",
     ),
     Reason(
         name="StaleRolloutWeights",

@@ -21,7 +21,8 @@ from posttrain.api.base import (
     StatusModel,
     Time,
 )
-from posttrain.api.grpo import Grpo
+from posttrain.api.grpo import Grpo, Sandbox
+from posttrain.api.rewards import REWARDS
 from posttrain.api.rules import Rule
 from posttrain.api.servers import RolloutServers
 from posttrain.api.shapes import (
@@ -56,9 +57,11 @@ NAME_RULE = (
 MUTABLE_FIELDS = frozenset(
     {"suspend", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "pendingDeadlineSeconds", "restarts"}
 )
-"""Fields of the spec that may change while the run lives; of `checkpoints` and `resources` only the following."""
+"""Fields of the spec that may change while the run lives; of `checkpoints`, `grpo` and `resources` only these:"""
 
 MUTABLE_CHECKPOINT_FIELDS = frozenset({"everySteps", "keepLast"})
+
+MUTABLE_GRPO_FIELDS = frozenset({"signal"})
 
 MUTABLE_RESOURCES_FIELDS = frozenset({"queueName", "workloadPriorityClass", "profile", "numNodes"})
 """Only while the run holds no quota: the gang is not there, and what is asked of the queue can still change."""
@@ -335,6 +338,14 @@ class TrainingRunSpec(ApiModel):
         servers = self.rollout_servers
         beside = servers.replicas * servers.gpus_per_node if servers is not None else 0
         return self.resources.num_nodes * self.resources.gpus_per_node + beside
+
+    @property
+    def used_sandbox(self) -> Sandbox | None:
+        """Where the rewards run programs out of completions; None where none of them runs any."""
+        rewards = self.grpo.rewards if self.grpo is not None else ()
+        names = [reward.name for reward in rewards if reward.name is not None]
+        needed = any(name in REWARDS and REWARDS[name].needs_sandbox for name in names)
+        return ((self.grpo and self.grpo.sandbox) or Sandbox()) if needed else None
 
     @property
     def image_name(self) -> ImageName:

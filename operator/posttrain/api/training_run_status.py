@@ -70,6 +70,17 @@ class NonFiniteReport(StatusModel):
     """Optimizer step."""
 
 
+class SignalReport(StatusModel):
+    """A check of spec.grpo.signal that finds something."""
+
+    reason: str
+    """One of docs/reasons.md."""
+    message: str
+    """What it finds."""
+    step: int
+    """Optimizer step at which it did so first."""
+
+
 class FirstErrorReport(StatusModel):
     """The earliest error over all ranks of an attempt."""
 
@@ -173,6 +184,8 @@ class Progress(StatusModel):
     skipped_checkpoints: list[SkippedCheckpoint] | None = None
     """Checkpoints that failed their verification."""
     non_finite: NonFiniteReport | None = None
+    lost_signals: list[SignalReport] | None = None
+    """What the checks of spec.grpo.signal find now."""
     first_error: FirstErrorReport | None = None
     prepare: PrepareReport | None = None
     result: ResultReport | None = None

@@ -15,6 +15,7 @@ from posttrain.api.base import JsonObject
 from posttrain.api.training_run import (
     MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
+    MUTABLE_GRPO_FIELDS,
     MUTABLE_RESOURCES_FIELDS,
     Method,
     TrainingRunSpec,
@@ -106,8 +107,13 @@ class TrainingConfig(ContractModel):
 def immutable_spec(spec: TrainingRunSpec) -> dict[str, Any]:
     """Return the part of a spec that never changes while the run lives, as JSON data."""
     data = {key: value for key, value in spec.to_data().items() if key not in MUTABLE_FIELDS}
-    for name, mutable in (("checkpoints", MUTABLE_CHECKPOINT_FIELDS), ("resources", MUTABLE_RESOURCES_FIELDS)):
-        data[name] = {key: value for key, value in data[name].items() if key not in mutable}
+    for name, mutable in (
+        ("checkpoints", MUTABLE_CHECKPOINT_FIELDS),
+        ("grpo", MUTABLE_GRPO_FIELDS),
+        ("resources", MUTABLE_RESOURCES_FIELDS),
+    ):
+        if name in data:
+            data[name] = {key: value for key, value in data[name].items() if key not in mutable}
     return data
 
 

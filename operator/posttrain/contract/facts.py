@@ -73,6 +73,23 @@ class NonFinite(ContractModel):
     step: int
 
 
+class SignalLost(ContractModel):
+    """A check of spec.grpo.signal finds something; `reason` is its own."""
+
+    type: Literal["SignalLost"] = "SignalLost"
+    reason: str
+    message: str
+    step: int
+
+
+class SignalRegained(ContractModel):
+    """A check of spec.grpo.signal finds nothing any more."""
+
+    type: Literal["SignalRegained"] = "SignalRegained"
+    reason: str
+    step: int
+
+
 class FirstError(ContractModel):
     """The earliest error of a pod's ranks."""
 
@@ -108,6 +125,8 @@ FactBody = Annotated[
     | CheckpointSkipped
     | Logged
     | NonFinite
+    | SignalLost
+    | SignalRegained
     | FirstError
     | PrepareResult
     | ResultFact,

@@ -49,7 +49,8 @@ from posttrain.settings import Settings, load_settings
 _CERTIFICATE_FOLDER = Path("/etc/posttrain-operator/tls")
 _IDENTITY = "posttrain"
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_KOPF_PAGE = 200
+_KOPF_PAGE = 40
+_KOPF_IDLE_SECONDS = 0.1
 _RESTART_SECONDS = 1.0
 _RESTART_MAX_SECONDS = 30.0
 _GARBAGE_THRESHOLDS = 10_000, 5, 5
@@ -145,8 +146,10 @@ class KopfEdge:
         settings.scanning.disabled = True
         settings.networking.error_backoffs = (1, 2, 4, 8)
         settings.persistence.diffbase_storage = _NoDiffBase()
-        # Else it has all runs in memory at once whenever it lists them.
+        # Else it has all runs in memory at once whenever it lists them: on one page, and in the tasks that took one
+        # each, which keep it until they end.
         settings.watching.chunk_size = _KOPF_PAGE
+        settings.queueing.idle_timeout = _KOPF_IDLE_SECONDS
         # Between two watches, also where each is answered with 410: a tenth of a second would be a hot loop.
         settings.watching.reconnect_backoff = 1.0
         # It would kill the process, which is more than kopf here.

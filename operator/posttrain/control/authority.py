@@ -18,6 +18,8 @@ from posttrain.settings import ProgressServerSettings
 
 AUTHORITY_KEY = "ca.crt"
 _RECHECK_SECONDS = 600.0
+_REREAD_SECONDS = 10.0
+"""Every look at every run asks for the authority: so long its file is not read again."""
 _TRIES_MAX = 3
 
 
@@ -42,6 +44,7 @@ class Authority:
         self._monotonic = monotonic
         self._seen: dict[str, tuple[str, float]] = {}
         """By namespace: the authority that it was seen to hold, and until when that is believed."""
+        self._text, self._reread_at = "", 0.0
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def ensure(self, namespace: str) -> None:
@@ -52,13 +55,19 @@ class Authority:
             Rejected, Unavailable: the API server's answers.
             OSError: the authority's file cannot be read.
         """
-        text = self._read_authority()
+        text = self._current_text()
         async with self._locks[namespace]:
             known, until = self._seen.get(namespace, ("", 0.0))
             if known == text and self._monotonic() < until:
                 return
             await self._bring(namespace, text)
             self._seen[namespace] = (text, self._monotonic() + _RECHECK_SECONDS)
+
+    def _current_text(self) -> str:
+        now = self._monotonic()
+        if now >= self._reread_at:
+            self._text, self._reread_at = self._read_authority(), now + _REREAD_SECONDS
+        return self._text
 
     async def _bring(self, namespace: str, text: str) -> None:
         wanted = build_authority(namespace, name=self._name, text=text)

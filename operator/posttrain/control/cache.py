@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import orjson
@@ -28,6 +28,8 @@ RunKey = tuple[str, str]
 """Namespace and name of a run."""
 
 _TOMBSTONES = 20_000
+_WINDOW_BITS = 13
+"""Eight kilobytes, as much as most objects have: the default's larger tables cost more than to compress one."""
 _DEPARTED = 8
 """How many pods of a run are remembered when they are gone: the first of an attempt to go may be its end's cause."""
 
@@ -127,7 +129,7 @@ class Cache:
             self._run_of[key] = run
             self._of_run.setdefault(run, set()).add(key)
         if not own and (known is None or (known.uid, known.wakes) != (uid, wakes)):
-            self._on_change(run, patience_seconds(manifest))
+            self._on_change(run, patience_seconds(manifest, is_new=known is None))
 
     def drop(self, manifest: Manifest) -> None:
         """Take an object as gone, given its last state: deleted, or without the label that the watch selects by."""
@@ -147,18 +149,14 @@ class Cache:
             self._bury(known.uid, version=math.inf)
             self._remove(key)
 
-    def replace(self, kind: Kind, items: Iterable[Manifest], *, version: str | None) -> None:
-        """Take the whole list of a kind: what is not in it and not newer than it is gone.
+    def retain(self, kind: Kind, uids: Container[str], *, version: str | None) -> None:
+        """Take the whole list of a kind as put: what is not in it, hence of no such uid, and not newer is gone.
 
-        `version` is None where the cluster does not know the kind any more: no object of it can be newer.
+        `version` is the list's, None where the cluster does not know the kind any more: no object of it can be newer.
         """
         limit = math.inf if version is None else int(version)
-        seen = set()
-        for manifest in items:
-            self.put(manifest)
-            seen.add(manifest["metadata"]["uid"])
         for (namespace, name), entry in list(self._entries.get(kind, {}).items()):
-            if entry.uid not in seen and entry.version <= limit:
+            if entry.uid not in uids and entry.version <= limit:
                 self._bury(entry.uid, version=limit)
                 self._remove(ObjectKey(*kind, namespace, name))
         self._listed.add(kind)
@@ -241,7 +239,7 @@ def _pack(manifest: Manifest) -> bytes:
     if (manifest["apiVersion"], manifest["kind"]) == POD and "spec" in manifest:
         # What a pod is to run is its job's business; where it runs, and how it is, are its own.
         kept["spec"] = {name: value for name, value in manifest["spec"].items() if name == "nodeName"}
-    return zlib.compress(orjson.dumps(kept), level=1)
+    return zlib.compress(orjson.dumps(kept), level=1, wbits=_WINDOW_BITS)
 
 
 def _unpack(packed: bytes) -> Manifest:

@@ -60,6 +60,10 @@ class FencedCluster:
             api_version, kind, namespace=namespace, label_selector=label_selector, field_selector=field_selector
         )
 
+    def pages(self, api_version: str, kind: str, *, label_selector: str = "") -> AsyncIterator[ObjectList]:
+        """Yield the objects of a kind part by part."""
+        return self._cluster.pages(api_version, kind, label_selector=label_selector)
+
     def watch(
         self, api_version: str, kind: str, *, resource_version: str, label_selector: str = ""
     ) -> AsyncIterator[WatchEvent]:

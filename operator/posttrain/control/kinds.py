@@ -20,6 +20,7 @@ CLAIM: Kind = ("v1", "PersistentVolumeClaim")
 SECRET: Kind = ("v1", "Secret")
 SERVICE: Kind = ("v1", "Service")
 EVENT: Kind = ("v1", "Event")
+DEPLOYMENT: Kind = ("apps/v1", "Deployment")
 STATEFUL_SET: Kind = ("apps/v1", "StatefulSet")
 NETWORK_POLICY: Kind = ("networking.k8s.io/v1", "NetworkPolicy")
 JOB: Kind = ("batch/v1", "Job")
@@ -39,6 +40,7 @@ PLURALS: dict[Kind, str] = {
     SECRET: "secrets",
     SERVICE: "services",
     EVENT: "events",
+    DEPLOYMENT: "deployments",
     STATEFUL_SET: "statefulsets",
     NETWORK_POLICY: "networkpolicies",
     JOB: "jobs",
@@ -53,6 +55,7 @@ PLURALS: dict[Kind, str] = {
 CHILDREN: tuple[Kind, ...] = (
     PYTORCHJOB,
     JOB,
+    DEPLOYMENT,
     STATEFUL_SET,
     POD,
     CONFIG_MAP,

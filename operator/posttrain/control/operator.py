@@ -21,7 +21,7 @@ from posttrain.control.port import Cluster, ClusterError, Unavailable
 from posttrain.control.queue import LoopClock, WorkQueue
 from posttrain.control.queues import QueueSetup
 from posttrain.control.reconciler import Reconciler
-from posttrain.control.reflector import Reflector
+from posttrain.control.reflector import Reflector, list_into
 from posttrain.plan import labels
 from posttrain.settings import Settings
 
@@ -100,12 +100,11 @@ class Operator:
         """List the runs again and again: the edge never reports one that was deleted while its watch was down."""
         while True:
             try:
-                found = await self._cluster.list(*TRAINING_RUN)
+                await list_into(self.cache, self._cluster, TRAINING_RUN)
             except ClusterError as error:
                 log.warning("the runs cannot be listed", error=str(error))
                 await asyncio.sleep(_LIST_BACKOFF_SECONDS * random.uniform(0.75, 1.25))
                 continue
-            self.cache.replace(TRAINING_RUN, found.items, version=found.resource_version)
             for run in self.cache.runs():
                 self.queue.add(run)
             await asyncio.sleep(self._settings.operator.resync_seconds)

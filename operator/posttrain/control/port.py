@@ -40,7 +40,7 @@ class ObjectKey:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectList:
-    """The answer to a LIST: the objects, and the version that a watch goes on from."""
+    """The answer to a LIST, or a part of it: the objects, and the version that a watch goes on from."""
 
     items: list[Manifest]
     resource_version: str
@@ -145,6 +145,16 @@ class Cluster(Protocol):
 
         Raises:
             NotFound: the cluster does not know the kind.
+        """
+
+    def pages(self, api_version: str, kind: str, *, label_selector: str = "") -> AsyncIterator[ObjectList]:
+        """Yield the objects of a kind of all namespaces part by part, each of the same version.
+
+        At least one part comes. So many objects need not be in memory all at once.
+
+        Raises:
+            NotFound: the cluster does not know the kind.
+            Expired: the version has become too old before the last part.
         """
 
     def watch(

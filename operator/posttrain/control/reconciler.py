@@ -35,6 +35,7 @@ from posttrain.control.port import (
     Rejected,
 )
 from posttrain.control.queues import QueueSetup
+from posttrain.control.wakes import MADE_SECONDS
 from posttrain.errors import InvalidResource, Problem
 from posttrain.plan import labels, names
 from posttrain.plan.kueue import parse_workload, workload_ref
@@ -53,7 +54,6 @@ _REFERENCE_SECONDS = 15.0
 _FLAVOR_SECONDS = 5.0
 """A run that waits for a flavor holds its quota all the while."""
 _PREDECESSOR_SECONDS = 2.0
-_MADE_SECONDS = 3.0
 _PATIENCE = timedelta(seconds=30)
 """How long a job may take to make its pods before its events are asked why."""
 
@@ -386,7 +386,7 @@ def _look_again(
         waits.append(_OBSTACLE_SECONDS)
     if made:
         # Nobody tells of what was made here, and deadlines count from when it was.
-        waits.append(_MADE_SECONDS)
+        waits.append(MADE_SECONDS)
     reference = _reference_seconds(run, plan, belongings)
     if reference is not None:
         waits.append(reference)

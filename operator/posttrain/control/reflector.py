@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import structlog
 
 from posttrain.control.cache import Cache
 from posttrain.control.kinds import Kind
 from posttrain.control.port import Cluster, ClusterError, Expired, NotFound
+from posttrain.plan.types import Manifest
 
 _BACKOFF_SECONDS = 0.5
 _BACKOFF_MAX_SECONDS = 15.0
@@ -23,6 +24,27 @@ _SOUND_SECONDS = 15.0
 """A watch that lasted so long was sound: what ends it is no failure of the attempt to watch."""
 
 log = structlog.get_logger(__name__)
+
+
+async def list_into(cache: Cache, cluster: Cluster, kind: Kind, *, label_selector: str = "") -> str:
+    """Take the whole of a kind into the cache, page by page; return the version that a watch goes on from."""
+    uids: set[str] = set()
+    version = ""
+    async for page in cluster.pages(*kind, label_selector=label_selector):
+        uids |= _put_all(cache, page.items)
+        version = page.resource_version
+        del page  # before the next one comes
+    cache.retain(kind, uids, version=version)
+    return version
+
+
+def _put_all(cache: Cache, manifests: Iterable[Manifest]) -> set[str]:
+    """Put the objects and return their uids."""
+    uids = set()
+    for manifest in manifests:
+        cache.put(manifest)
+        uids.add(manifest["metadata"]["uid"])
+    return uids
 
 
 class Reflector:
@@ -42,7 +64,7 @@ class Reflector:
         """Follow the kind until cancelled."""
         while True:
             try:
-                version = await self._list()
+                version = await list_into(self._cache, self._cluster, self._kind, label_selector=self._selector)
                 until = time() + self._resync_seconds
                 while time() < until:
                     # A watch that hangs in silence must not outlive the resync.
@@ -55,7 +77,7 @@ class Reflector:
                 await asyncio.sleep(self._delay())
             except NotFound:
                 # A kind whose CRD is not installed: nothing of it can exist.
-                self._cache.replace(self._kind, (), version=None)
+                self._cache.retain(self._kind, (), version=None)
                 await asyncio.sleep(_UNKNOWN_KIND_SECONDS)
             except ClusterError as error:
                 self._failures += 1
@@ -64,11 +86,6 @@ class Reflector:
                     "the watch failed", kind=self._kind[1], error=str(error), again_in_seconds=round(seconds, 1)
                 )
                 await asyncio.sleep(seconds)
-
-    async def _list(self) -> str:
-        found = await self._cluster.list(*self._kind, label_selector=self._selector)
-        self._cache.replace(self._kind, found.items, version=found.resource_version)
-        return found.resource_version
 
     async def _watch(self, version: str, *, until: float, time: Callable[[], float]) -> str:
         """Take the events after a version until the watch ends or the time is up; return the newest version."""

@@ -10,7 +10,19 @@ from typing import Any
 
 import orjson
 
-from posttrain.control.kinds import JOB, POD, PYTORCHJOB, TRAINING_RUN
+from posttrain.control.kinds import (
+    CLAIM,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    JOB,
+    NETWORK_POLICY,
+    POD,
+    PYTORCHJOB,
+    SERVICE,
+    SERVICE_ACCOUNT,
+    STATEFUL_SET,
+    TRAINING_RUN,
+)
 from posttrain.plan.manifests import is_out_of_sight
 from posttrain.plan.types import Manifest
 
@@ -41,6 +53,12 @@ _STARTING_SECONDS = 2.0
 """A gang that starts changes a dozen times on its way, and nothing is to be done about it."""
 _RUNNING_SECONDS = 1.0
 _JOB_ENDS = frozenset({"Succeeded", "Failed", "Complete"})
+_MADE_BY_PLANS = frozenset(
+    {SERVICE_ACCOUNT, NETWORK_POLICY, CONFIG_MAP, CLAIM, SERVICE, DEPLOYMENT, STATEFUL_SET, JOB, PYTORCHJOB}
+)
+MADE_SECONDS = 10.0
+"""After something was made for a run: pods that come of it tell of themselves, long before that on a cluster that has
+time."""
 
 
 def fingerprint(manifest: Manifest) -> int:
@@ -59,7 +77,7 @@ def _content(manifest: Manifest) -> Any:
     if kind == POD:
         return _pod(manifest, status)
     if kind in (PYTORCHJOB, JOB):
-        return [[condition.get("type"), condition.get("status")] for condition in status.get("conditions") or ()]
+        return sorted(_ends(status))
     if "generation" in manifest["metadata"]:
         return status
     # A kind whose changes nobody counts.
@@ -88,8 +106,18 @@ def _state(state: dict[str, Any]) -> list[Any]:
     return [state.get("waiting"), state.get("terminated")]
 
 
-def patience_seconds(manifest: Manifest) -> float:
-    """Return for how long a change to this state may wait for others; what has ended or is to go waits for nothing."""
+def _ends(status: dict[str, Any]) -> set[str]:
+    """Return how a job ended: of its way there its pods tell."""
+    true = {condition.get("type") for condition in status.get("conditions") or () if condition.get("status") == "True"}
+    return true & _JOB_ENDS
+
+
+def patience_seconds(manifest: Manifest, *, is_new: bool) -> float:
+    """Return for how long a change to this state may wait for others; what has ended or is to go waits for nothing.
+
+    `is_new`: nothing was known of the object. A new child is mostly our own, whose watch told of it before the API
+    server's answer came.
+    """
     status, kind = manifest.get("status") or {}, (manifest["apiVersion"], manifest["kind"])
     if manifest["metadata"].get("deletionTimestamp") is not None:
         return PROMPT_SECONDS
@@ -97,10 +125,9 @@ def patience_seconds(manifest: Manifest) -> float:
         if _has_ended_in_part(status):
             return PROMPT_SECONDS
         return {"Pending": _STARTING_SECONDS, "Running": _RUNNING_SECONDS}.get(status.get("phase", ""), PROMPT_SECONDS)
-    if kind in (PYTORCHJOB, JOB):
-        true = {condition.get("type") for condition in status.get("conditions") or () if condition["status"] == "True"}
-        return PROMPT_SECONDS if true & _JOB_ENDS else _STARTING_SECONDS
-    return PROMPT_SECONDS
+    if is_new and kind in _MADE_BY_PLANS and not _ends(status):
+        return MADE_SECONDS
+    return _STARTING_SECONDS if kind in (PYTORCHJOB, JOB) and not _ends(status) else PROMPT_SECONDS
 
 
 def _has_ended_in_part(status: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,55 @@ from posttrain.local.environments import ensure_environment
 from posttrain.local.state import RunFolder
 
 _REWARD = "reward/"
+Row = Mapping[str, Any]
+"""A completion as it is kept: prompt, completion, advantage, and each reward under `reward/<its name>`."""
 
 
-def read_completions(
-    run: TrainingRun, *, folder: RunFolder, step: int | None, cache: Path
-) -> tuple[int, list[Mapping[str, Any]]]:
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One completion with what it scored, in words."""
+
+    scored: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A prompt and its completions, the best first."""
+
+    prompt: str
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newest:
+    """What a report shows of the newest step of which completions are kept."""
+
+    step: int
+    groups: tuple[Group, ...] = ()
+    note: str = ""
+    """Why they could not be read."""
+
+
+def newest_completions(run: TrainingRun, *, folder: RunFolder, cache: Path) -> Newest | None:
+    """Return the completions of the newest step, or None where none are kept."""
+    steps = kept_steps(folder)
+    if not steps:
+        return None
+    try:
+        step, rows = read_completions(run, folder=folder, step=steps[-1], cache=cache)
+    except UserError as error:  # a report without them is still one
+        return Newest(step=steps[-1], note=str(error))
+    return Newest(step=step, groups=tuple(group_completions(rows)))
+
+
+def read_completions(run: TrainingRun, *, folder: RunFolder, step: int | None, cache: Path) -> tuple[int, list[Row]]:
     """Return a step and what was kept of it; without `step` the newest one.
 
     Raises:
-        UserError: nothing is kept of it.
+        UserError: nothing is kept of it, or it cannot be read.
     """
-    kept = folder.storage / COMPLETIONS_FOLDER
-    names = [file.name for file in kept.iterdir()] if kept.is_dir() else []
-    steps = sorted(found for name in names if (found := step_of_file(name)) is not None)
+    steps = kept_steps(folder)
     if not steps:
         why = "it has logged no step yet" if run.spec.grpo else "only runs with grpo generate any"
         raise UserError(f"{run.metadata.name} has no completions: {why}")
@@ -46,28 +83,53 @@ def read_completions(
     done = subprocess.run(
         [interpreter, "-m", "posttrain_workloads.completions", folder.storage / completions_file(wanted)],
         env={**os.environ, "PYTHONPATH": str(folder.packages)},
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    rows: list[Mapping[str, Any]] = json.loads(done.stdout)
+    if done.returncode:
+        raise UserError(f"{completions_file(wanted)} of {run.metadata.name} cannot be read:\n{done.stderr.strip()}")
+    rows: list[Row] = json.loads(done.stdout)
     return wanted, rows
 
 
-def render_completions(rows: Sequence[Mapping[str, Any]], *, step: int) -> str:
-    """Return completions as text, under each prompt what it was answered with, best advantage first."""
+def kept_steps(folder: RunFolder) -> list[int]:
+    """Return the steps of which completions are kept."""
+    kept = folder.storage / COMPLETIONS_FOLDER
+    names = [file.name for file in kept.iterdir()] if kept.is_dir() else []
+    return sorted(found for name in names if (found := step_of_file(name)) is not None)
+
+
+def group_completions(rows: Sequence[Row]) -> list[Group]:
+    """Return completions under their prompts, in the order of these, of each the best advantage first."""
+    return [
+        Group(
+            prompt=prompt,
+            answers=tuple(
+                Answer(scored=_scores_text(row), text=row["completion"])
+                for row in sorted(rows, key=lambda row: -row["advantage"])
+                if row["prompt"] == prompt
+            ),
+        )
+        for prompt in dict.fromkeys(row["prompt"] for row in rows)
+    ]
+
+
+def _scores_text(row: Row) -> str:
+    rewards = ", ".join(
+        f"{name.removeprefix(_REWARD)} {'none' if value is None else format(value, '.3g')}"
+        for name, value in row.items()
+        if name.startswith(_REWARD)
+    )
+    weights = f"; weights {row['weights']}" if "weights" in row else ""
+    return f"{rewards}; advantage {row['advantage']:+.3g}{weights}"
+
+
+def render_completions(rows: Sequence[Row], *, step: int) -> str:
+    """Return completions as text, under each prompt what it was answered with."""
     lines = [f"Step {step}: {len(rows)} completions"]
-    prompts = dict.fromkeys(row["prompt"] for row in rows)
-    for prompt in prompts:
-        lines += ["", *(f"> {line}" for line in prompt.splitlines())]
-        group = [row for row in rows if row["prompt"] == prompt]
-        for row in sorted(group, key=lambda row: -row["advantage"]):
-            rewards = ", ".join(
-                f"{name.removeprefix(_REWARD)} {'none' if value is None else format(value, '.3g')}"
-                for name, value in row.items()
-                if name.startswith(_REWARD)
-            )
-            weights = f"; weights {row['weights']}" if "weights" in row else ""
-            lines += ["", f"  [{rewards}; advantage {row['advantage']:+.3g}{weights}]"]
-            lines += [f"  {line}" for line in row["completion"].splitlines()]
+    for group in group_completions(rows):
+        lines += ["", *(f"> {line}" for line in group.prompt.splitlines())]
+        for answer in group.answers:
+            lines += ["", f"  [{answer.scored}]", *(f"  {line}" for line in answer.text.splitlines())]
     return "\n".join(lines)

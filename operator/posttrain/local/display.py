@@ -19,6 +19,8 @@ from rich.text import Text
 
 from posttrain.api.training_run import TrainingRun
 from posttrain.api.training_run_status import TrainingRunStatus
+from posttrain.local.completions import newest_completions
+from posttrain.local.environments import cache_root
 from posttrain.local.report import REPORT_NAME, write_report
 from posttrain.local.state import RunFolder
 from posttrain.local.status_text import (
@@ -67,7 +69,8 @@ def stage_name(status: TrainingRunStatus) -> str:
 
 
 def _conclude(run: TrainingRun, *, folder: RunFolder) -> Summary:
-    write_report(run, storage=folder.storage, out=folder.path / REPORT_NAME)
+    newest = newest_completions(run, folder=folder, cache=cache_root())
+    write_report(run, storage=folder.storage, out=folder.path / REPORT_NAME, completions=newest)
     return summarize(run, folder=folder)
 
 
@@ -234,11 +237,9 @@ def _render_training(status: TrainingRunStatus, *, elapsed: str) -> RenderableTy
         Text(left or elapsed, style="dim"),
     )
     reward = metric(status, name="reward")
-    reward = metric(status, name="reward")
     loss = metric(status, name="loss")
     held_out = metric(status, name="eval_loss")
     numbers = [
-        *([f"reward {format_decimal(reward)}"] if reward else []),
         *([f"reward {format_decimal(reward)}"] if reward else []),
         *([f"loss {format_decimal(loss)}"] if loss else []),
         *([f"held-out loss {format_decimal(held_out)}"] if held_out else []),

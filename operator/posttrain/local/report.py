@@ -23,8 +23,11 @@ from posttrain.contract.facts import (
     NonFinite,
     PrepareResult,
     ResultFact,
+    SignalLost,
+    SignalRegained,
     Started,
 )
+from posttrain.local.completions import Newest
 from posttrain.local.curves import (
     Line,
     Points,
@@ -95,7 +98,7 @@ class Argument:
     origin: str
 
 
-def write_report(run: TrainingRun, *, storage: Path, out: Path) -> None:
+def write_report(run: TrainingRun, *, storage: Path, out: Path, completions: Newest | None = None) -> None:
     """Write the report of `run`, made from its status and from what lies in `storage`, to the file `out`."""
     records = read_records(storage)
     lines = metric_lines(records)
@@ -124,13 +127,14 @@ def write_report(run: TrainingRun, *, storage: Path, out: Path) -> None:
         charts=[chart for chart in charts if chart is not None],
         numbers=_table_of_numbers(records, names=list(lines)),
         samples=records.samples,
+        completions=completions,
         checkpoints=records.checkpoints,
         prepared=records.prepared,
         timeline=_timeline(records.facts),
         arguments=changed_arguments(run, effective=records.effective_args),
         provenance=provenance_rows(run),
         resource=dump_document(resource),
-        notes=records.notes,
+        notes=records.notes if completions is None or not completions.note else (*records.notes, completions.note),
     )
 
 
@@ -315,6 +319,10 @@ def _tell(fact: Fact) -> tuple[str, str] | None:
             return f"Checkpoint of step {step} passed over: {reason}", "bad"
         case NonFinite(metric=metric, step=step):
             return f"{metric} is not finite at step {step}", "bad"
+        case SignalLost(reason=reason, message=message):
+            return f"{reason}: {message}", "bad"
+        case SignalRegained(reason=reason, step=step):
+            return f"{reason} is over at step {step}", ""
         case FirstError(rank=rank, reason=reason, message=message):
             where = "" if rank is None else f" on rank {rank}"
             return f"{reason}{where}: {message}", "bad"

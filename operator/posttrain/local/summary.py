@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.api.conditions import SUCCEEDED, find_condition
+from posttrain.api.conditions import SIGNAL_HEALTHY, SUCCEEDED, find_condition
 from posttrain.api.training_run import TrainingRun
 from posttrain.contract.checkpoints import MODEL_FOLDER
 from posttrain.local.records import Records, read_records
@@ -61,7 +61,7 @@ def summarize(run: TrainingRun, *, folder: RunFolder) -> Summary:
         stage=status.stage or "Pending",
         title=f"{name} {_outcome(run)}",
         failure=tuple(line for text in failure_lines(failure) for line in text.splitlines()) if failure else (),
-        numbers=(*_warnings(records), *_numbers(run, records=records)),
+        numbers=(*_warnings(run, records=records), *_numbers(run, records=records)),
         paths=tuple((label, shown(path)) for label, path in paths.items() if path is not None and path.exists()),
         last_lines=tuple(read_last_lines(log)) if log is not None and log.exists() else (),
         further=(f"More: posttrain status {name}, posttrain logs {name}, posttrain compare {name} OTHER-RUN",),
@@ -92,8 +92,12 @@ def _numbers(run: TrainingRun, *, records: Records) -> list[tuple[str, str]]:
     ]
 
 
-def _warnings(records: Records) -> list[tuple[str, str]]:
-    return [("Warning", warning) for warning in (records.prepared.warnings if records.prepared else ())]
+def _warnings(run: TrainingRun, *, records: Records) -> list[tuple[str, str]]:
+    warnings = list(records.prepared.warnings) if records.prepared else []
+    signal = find_condition(run.status.conditions, SIGNAL_HEALTHY)
+    if signal is not None and signal.status == "False" and run.status.failure is None:
+        warnings.append(f"{signal.reason}: {signal.message}")
+    return [("Warning", warning) for warning in warnings]
 
 
 def read_last_lines(log: Path) -> list[str]:

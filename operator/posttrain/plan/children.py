@@ -39,6 +39,7 @@ from posttrain.plan.rollout_servers import (
     servers_config_ref,
     servers_ref,
 )
+from posttrain.plan.sandbox import build_sandbox, own_sandbox, sandbox_ref, sandbox_urls
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.trainer_pod import Assignment, PodInputs
 from posttrain.plan.types import Manifest, ObjectRef
@@ -92,6 +93,20 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
         job=job,
     )
     return config_map, job
+
+
+def sandbox_children(situation: Situation) -> tuple[Manifest, ...]:
+    """Return what the run's sandbox consists of; its Deployment only where it is not there: it is never re-rendered."""
+    made = sandbox_ref(situation.name)
+    parts = _sandbox_parts(situation)
+    return tuple(part for part in parts if ObjectRef.of(part) != made or made not in situation.observed.objects)
+
+
+def _sandbox_parts(situation: Situation) -> tuple[Manifest, ...]:
+    sandbox = own_sandbox(situation.run)
+    if sandbox is None:
+        return ()
+    return build_sandbox(situation.run, sandbox, image=situation.sandbox_image, settings=situation.settings)
 
 
 def frozen_job(situation: Situation) -> tuple[Manifest, ...]:
@@ -161,6 +176,7 @@ def child_refs(situation: Situation) -> frozenset[ObjectRef]:
     refs = {ObjectRef.of(child) for child in run_children(situation)}
     refs |= {*prepare_refs(situation), job_ref(situation.name, attempt=attempt)}
     refs.add(ObjectRef(*CONFIG_MAP, names.attempt_name(situation.name, attempt=attempt)))
+    refs |= {ObjectRef.of(part) for part in _sandbox_parts(situation)}
     if situation.ask is not None:
         refs.add(workload_ref(situation.name))
     if situation.run.spec.rollout_servers is not None:
@@ -191,6 +207,7 @@ def _pod_inputs(situation: Situation, *, attempt: int, config: str, pod_set: str
         code=code_items(files or {}) if situation.run.spec.code is not None else None,
         avoided_nodes=tuple(restarts.avoided_nodes or ()) if restarts else (),
         assignment=_assignment(situation, pod_set=pod_set) if pod_set is not None else Assignment(),
+        sandbox_urls=sandbox_urls(situation.run),
     )
 
 

@@ -66,6 +66,11 @@ def server_addresses(run: str, *, replicas: int, port: int) -> tuple[str, ...]:
     return tuple(f"http://{name}-{index}.{name}:{port}" for index in range(replicas))
 
 
+def sandbox_name(run: str) -> str:
+    """Return the name of everything that the run's sandbox consists of, and its host name."""
+    return f"{run}-sandbox"
+
+
 def attempt_name(run: str, *, attempt: int) -> str:
     """Return the name of an attempt's PyTorchJob and of its ConfigMap."""
     return f"{run}-a{attempt}"

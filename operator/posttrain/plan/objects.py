@@ -78,9 +78,14 @@ def build_claim(run: TrainingRun, *, size: str) -> Manifest:
 
 
 def build_network_policy(run: TrainingRun) -> Manifest:
-    """Return the policy that lets only pods of the same run in; what they reach out to is not restricted."""
+    """Return the policy that lets only pods of the same run in; what they reach out to is not restricted.
+
+    A sandbox is no such pod: it has a policy of its own, and policies add up.
+    """
     name = run.metadata.name
-    peers = {"matchLabels": {labels.RUN: name}}
+    peers: dict[str, Any] = {"matchLabels": {labels.RUN: name}}
+    if run.spec.used_sandbox is not None:
+        peers["matchExpressions"] = [{"key": labels.ROLE, "operator": "NotIn", "values": [labels.ROLE_SANDBOX]}]
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",

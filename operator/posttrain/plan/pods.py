@@ -1,4 +1,4 @@
-"""Whether a gang's pods all run, or why not yet, as a condition tells it.
+"""Whether a gang's pods all run, or why not yet, as a condition tells it; and what keeps others from serving.
 
 It owns the reading of pods that wait or run; it must not decide what follows from it.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from posttrain.plan import names
 from posttrain.plan.attempts import Gang
-from posttrain.plan.manifests import is_out_of_sight, node_name, pod_condition, pod_phase
+from posttrain.plan.manifests import container_status, is_out_of_sight, node_name, pod_condition, pod_phase
 from posttrain.plan.status import Says
 from posttrain.plan.types import Manifest
 
@@ -20,6 +20,8 @@ _NOT_CREATED = "FailedCreate"
 """Beginning of the reasons with which the training operator says that it could not create a pod or its service."""
 _OVER_QUOTA = "exceeded quota"
 """In every refusal by a ResourceQuota (k8s.io/apiserver, admission/plugin/resourcequota)."""
+_SHOWN_LINES = 5
+"""Of what a container said before it ended."""
 
 
 def explain_running(gang: Gang) -> Says:
@@ -39,17 +41,33 @@ def explain_waiting(gang: Gang, *, job_events: Iterable[Manifest] = ()) -> Says:
         refused = _not_created(gang, job_events)
         if refused is not None:
             return refused
-    for pod in gang.pods:
-        obstacle = find_obstacle(pod)
-        if obstacle is not None:
-            return obstacle
+    obstacle = find_obstacle(gang.pods)
+    if obstacle is not None:
+        return obstacle
     ready = sum(1 for pod in gang.pods if pod_phase(pod) == "Running")
     return Says("False", "PodsStarting", f"{ready} of {gang.size} pods run")
 
 
-def find_obstacle(pod: Manifest) -> Says | None:
-    """Return what keeps a pod from running, as far as its own status tells."""
-    return _unscheduled(pod) or _unpulled(pod)
+def find_obstacle(pods: Iterable[Manifest]) -> Says | None:
+    """Return what keeps the first of the pods that is kept from it from starting."""
+    found = (_unscheduled(pod) or _unpulled(pod) for pod in pods)
+    return next((obstacle for obstacle in found if obstacle is not None), None)
+
+
+def find_end(pods: Iterable[Manifest], *, container: str) -> str | None:
+    """Return how the first container ended that is to serve and does not: it waits for its next start, or loads again.
+
+    With its last words.
+    """
+    for pod in pods:
+        status = container_status(pod, container)
+        ends = (status.get("state") or {}).get("terminated"), (status.get("lastState") or {}).get("terminated")
+        ended = next((end for end in ends if end), None)
+        if ended is not None and not status.get("ready"):
+            words = str(ended.get("message") or ended.get("reason") or "no message").strip().splitlines()
+            said = "\n".join(words[-_SHOWN_LINES:])
+            return f"pod {pod['metadata']['name']} ends with exit code {ended.get('exitCode')}: {said}"
+    return None
 
 
 def _not_created(gang: Gang, job_events: Iterable[Manifest]) -> Says | None:

@@ -20,6 +20,7 @@ from posttrain.api.training_run_status import (
     PrepareReport,
     Progress,
     ResultReport,
+    SignalReport,
     SkippedCheckpoint,
 )
 from posttrain.contract.facts import (
@@ -37,6 +38,8 @@ from posttrain.contract.facts import (
     PhaseChanged,
     PrepareResult,
     ResultFact,
+    SignalLost,
+    SignalRegained,
     Started,
     is_urgent,
 )
@@ -68,6 +71,7 @@ _OF_ONE_ATTEMPT: dict[str, Any] = {
     "rate_start_step": None,
     "last_beat_time": None,
     "non_finite": None,
+    "lost_signals": None,
     "first_error": None,
     "result": None,
 }
@@ -234,6 +238,11 @@ def _take_fact(progress: Progress, fact: Fact, *, received_at: datetime) -> Prog
             if not of_current or (progress.non_finite and progress.non_finite.step <= step):
                 return progress
             return _with(progress, non_finite=NonFiniteReport(metric=metric[:NAME_MAX_LENGTH], step=step))
+        case SignalLost() as lost:
+            report = SignalReport(reason=lost.reason, message=lost.message[:_REMARK_MAX_LENGTH], step=lost.step)
+            return _with_signal(progress, lost.reason, report) if of_current else progress
+        case SignalRegained(reason=reason):
+            return _with_signal(progress, reason, None) if of_current else progress
         case FirstError() as error:
             return _take_error(progress, error) if of_current else progress
         case PrepareResult() as result:
@@ -315,6 +324,12 @@ def _take_skipped(progress: Progress, skipped: CheckpointSkipped, *, attempt: in
         skipped_checkpoints=[*(progress.skipped_checkpoints or ()), entry][-_SKIPPED_KEPT:],
         checkpoint=None if corrupt else known,
     )
+
+
+def _with_signal(progress: Progress, reason: str, report: SignalReport | None) -> Progress:
+    """Return the progress with what one check of the signal finds now."""
+    others = [known for known in progress.lost_signals or () if known.reason != reason]
+    return _with(progress, lost_signals=[*others, *([report] if report else [])] or None)
 
 
 def _take_error(progress: Progress, error: FirstError) -> Progress:

@@ -106,16 +106,6 @@ def restarts_of(pod: Manifest) -> int:
     return int(container_status(pod, SERVER_CONTAINER).get("restartCount") or 0)
 
 
-def last_words(pod: Manifest) -> str:
-    """Return what a server said when it ended last, and its exit code."""
-    status = container_status(pod, SERVER_CONTAINER)
-    ends = (status.get("state") or {}).get("terminated"), (status.get("lastState") or {}).get("terminated")
-    ended = next((end for end in ends if end), None) or {}
-    said = str(ended.get("message") or ended.get("reason") or "").strip()
-    code = ended.get("exitCode")
-    return f"{said} (exit code {code})" if code is not None else said
-
-
 def count_ready(pods: Iterable[Manifest]) -> int:
     """Return how many servers answer."""
     return sum(1 for pod in pods if is_ready(pod))

@@ -6,10 +6,11 @@ It owns the condition ServerReady; it must not know how a server is written.
 from __future__ import annotations
 
 from posttrain.plan.children import server_children, server_refs
-from posttrain.plan.pods import find_obstacle
-from posttrain.plan.rollout_servers import RESTARTS_MAX, count_ready, is_ready, last_words, restarts_of
+from posttrain.plan.pods import find_end, find_obstacle
+from posttrain.plan.rollout_servers import RESTARTS_MAX, count_ready, restarts_of
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says
+from posttrain.plan.trainer_pod import SERVER_CONTAINER
 from posttrain.plan.types import Manifest, ObjectRef
 
 
@@ -22,22 +23,19 @@ def explain_servers(situation: Situation) -> Says:
         return Says("False", "ServersWanted")
     if situation.servers_ready:
         return Says("True", "ServersReady")
-    for pod in situation.server_pods:
-        obstacle = find_obstacle(pod)
-        if obstacle is not None:
-            return obstacle
-    for pod in situation.server_pods:
-        if not is_ready(pod) and restarts_of(pod):
-            message = f"pod {pod['metadata']['name']} was restarted {restarts_of(pod)} times: {last_words(pod)}"
-            return Says("False", "CrashLooping", message)
-    return Says("False", "Loading", f"{count_ready(situation.server_pods)} of {servers.replicas} servers answer")
+    pods = situation.server_pods
+    ended = find_end(pods, container=SERVER_CONTAINER)
+    if ended is not None:
+        return Says("False", "CrashLooping", ended)
+    loading = f"{count_ready(pods)} of {servers.replicas} servers answer"
+    return find_obstacle(pods) or Says("False", "Loading", loading)
 
 
-def never_answers(situation: Situation) -> Says | None:
-    """Return what a server says that has been restarted often enough to know that it will not answer."""
-    if any(restarts_of(pod) >= RESTARTS_MAX and not is_ready(pod) for pod in situation.server_pods):
-        return explain_servers(situation)
-    return None
+def never_answers(situation: Situation) -> str | None:
+    """Return how a server ended that has been restarted often enough to know that it will not answer."""
+    given_up = (pod for pod in situation.server_pods if restarts_of(pod) >= RESTARTS_MAX)
+    ended = find_end(given_up, container=SERVER_CONTAINER)
+    return f"after {RESTARTS_MAX} restarts {ended}" if ended is not None else None
 
 
 def wanted_servers(situation: Situation) -> tuple[Manifest, ...]:

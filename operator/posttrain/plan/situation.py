@@ -99,6 +99,12 @@ class Situation:
         own = images.vllm if self.run.spec.image_name == "vllm" else images.trainer
         return pinned or (overrides.image if overrides else None) or own
 
+    @property
+    def sandbox_image(self) -> str:
+        """The image of the run's sandbox: as pinned, else the settings'."""
+        pinned = (self.provenance.image_digests or {}).get("sandbox")
+        return pinned or self.settings.images.sandbox
+
     @cached_property
     def referenced_run(self) -> RunState | None:
         """The run whose model this one starts from, as far as it is there."""

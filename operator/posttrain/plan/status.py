@@ -53,6 +53,7 @@ class Verdict:
     quota_reserved: Says | None = None
     server_ready: Says | None = None
     pods_ready: Says | None = None
+    signal_healthy: Says | None = None
     finished: bool = False
     stalled: bool = False
     keep_conditions: bool = False
@@ -157,9 +158,11 @@ def _conditions(situation: Situation, verdict: Verdict) -> list[Condition]:
         conditions.FINISHED: settled if verdict.finished else under_way,
         conditions.READY: settled if succeeded.status == "True" else under_way,
         conditions.STALLED: settled if verdict.stalled else under_way,
+        conditions.SIGNAL_HEALTHY: verdict.signal_healthy,
     }
+    types = conditions.TRAINING_RUN_CONDITIONS if situation.run.spec.grpo is None else conditions.GRPO_CONDITIONS
     told = []
-    for type_ in conditions.TRAINING_RUN_CONDITIONS:
+    for type_ in types:
         known = find_condition(previous, type_)
         says = said[type_] or (Says(known.status, known.reason, known.message) if known else Says("Unknown", "Pending"))
         told.append(
@@ -206,12 +209,23 @@ def derive_events(before: TrainingRunStatus, after: TrainingRunStatus) -> tuple[
     if pods_ready is not None and pods_ready.reason in _GANG_EVENTS:
         events.append(_event(pods_ready, good=pods_ready.status == "True"))
     succeeded = _news(before, after, conditions.SUCCEEDED)
+    events += _signal_events(before, after, told_already=succeeded.reason if succeeded is not None else "")
     if succeeded is not None and (after.completion_time is not None or succeeded.reason != "InProgress"):
         told_already = accepted is not None and accepted.reason == succeeded.reason
         if not told_already:
             held = after.stage == "Suspended" and after.hold is None
             events.append(_event(succeeded, good=succeeded.status == "True" or held))
     return tuple(events)
+
+
+def _signal_events(before: TrainingRunStatus, after: TrainingRunStatus, *, told_already: str) -> list[Event]:
+    """Return the event of a signal that was lost or is back: that it was there from the beginning is no news."""
+    signal = _news(before, after, conditions.SIGNAL_HEALTHY)
+    old = find_condition(before.conditions, conditions.SIGNAL_HEALTHY)
+    if signal is None or signal.reason == told_already:
+        return []
+    was_lost = old is not None and old.status == "False"
+    return [_event(signal, good=signal.status == "True")] if signal.status == "False" or was_lost else []
 
 
 def _news(before: TrainingRunStatus, after: TrainingRunStatus, type_: str) -> Condition | None:

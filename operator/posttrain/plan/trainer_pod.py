@@ -40,6 +40,14 @@ TERMINATION_FILE = "/dev/termination-log"
 
 _USER_ID = 10001
 """The user of the images; the volumes' group too."""
+POD_SECURITY: Mapping[str, Any] = {
+    "runAsNonRoot": True,
+    "runAsUser": _USER_ID,
+    "runAsGroup": _USER_ID,
+    "fsGroup": _USER_ID,
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 _TOKEN_SECONDS = 3600
 _RUNTIME_SIZE = "64Mi"
 
@@ -92,6 +100,8 @@ class PodInputs:
     """`items` of the code volume (empty: whatever the ConfigMap holds); None without own code."""
     avoided_nodes: tuple[str, ...] = ()
     assignment: Assignment = Assignment()
+    sandbox_urls: tuple[str, ...] = ()
+    """Where programs out of completions run."""
 
 
 def is_reserved_variable(name: str) -> bool:
@@ -119,7 +129,7 @@ def build_trainer_template(inputs: PodInputs) -> dict[str, Any]:
             "command": ["python", "-m", "posttrain_workloads.launch", run.spec.method],
             "env": [*_trainer_env(inputs), *_common_env(inputs), *_user_env(inputs)],
             "resources": _trainer_resources(inputs),
-            "securityContext": _container_security(add=("IPC_LOCK",) if profile.allow_ipc_lock else ()),
+            "securityContext": container_security(add=("IPC_LOCK",) if profile.allow_ipc_lock else ()),
         },
         env_from=_secret_env(inputs),
         volumes=[{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}],
@@ -162,7 +172,7 @@ def build_server_template(inputs: PodInputs) -> dict[str, Any]:
                 "failureThreshold": 6,
             },
             "resources": {"limits": amounts, "requests": amounts},
-            "securityContext": _container_security(add=("IPC_LOCK",) if profile.allow_ipc_lock else ()),
+            "securityContext": container_security(add=("IPC_LOCK",) if profile.allow_ipc_lock else ()),
         },
         env_from=_secret_env(inputs),
         volumes=[{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shared_memory or memory}}],
@@ -193,7 +203,7 @@ def build_prepare_template(inputs: PodInputs) -> dict[str, Any]:
             "command": ["python", "-m", "posttrain_workloads.launch", "prepare"],
             "env": [_variable("OMP_NUM_THREADS", str(_threads(resources["cpu"], ranks=1))), *_common_env(inputs)],
             "resources": {"limits": resources, "requests": resources},
-            "securityContext": _container_security(),
+            "securityContext": container_security(),
         },
         env_from=[],
         volumes=[],
@@ -223,14 +233,7 @@ def _pod_spec(
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": inputs.settings.termination_grace_seconds,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": _USER_ID,
-            "runAsGroup": _USER_ID,
-            "fsGroup": _USER_ID,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": dict(POD_SECURITY),
         "containers": [
             {
                 **container,
@@ -247,7 +250,8 @@ def _pod_spec(
     return spec
 
 
-def _container_security(*, add: tuple[str, ...] = ()) -> dict[str, Any]:
+def container_security(*, add: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the security context of a container in the restricted Pod Security Standard, but for what is added."""
     capabilities: dict[str, Any] = {"drop": ["ALL"]}
     if add:
         capabilities["add"] = list(add)
@@ -420,6 +424,8 @@ def _common_env(inputs: PodInputs, *, reports: bool = True) -> list[dict[str, An
         env += [_variable(environment.CODE, CODE_FOLDER), _variable("PYTHONPATH", CODE_FOLDER)]
     # TRL tells the Hub of every trainer that is built; a platform's runs are nobody else's business.
     env += [_variable("HF_HOME", f"{STORAGE_FOLDER}/hf-home"), _variable("HF_HUB_DISABLE_TELEMETRY", "1")]
+    if inputs.sandbox_urls:
+        env.append(_variable(environment.SANDBOX_URLS, ",".join(inputs.sandbox_urls)))
     if not sources.uses_hub(inputs.sources):
         env.append(_variable("HF_HUB_OFFLINE", "1"))
     if access.hub_endpoint:

@@ -29,6 +29,7 @@ from posttrain.plan.children import (
     prepare_children,
     prepare_refs,
     run_children,
+    sandbox_children,
     server_children,
     server_refs,
 )
@@ -39,7 +40,9 @@ from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload, withdraw
 from posttrain.plan.references import foresee_end
-from posttrain.plan.servers import explain_servers, never_answers
+from posttrain.plan.sandbox import IMAGE_KEY, own_sandbox, sandbox_ref
+from posttrain.plan.servers import never_answers
+from posttrain.plan.signal import find_loss
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import is_commit
 from posttrain.plan.status import Says, Verdict, carry_facts, derive_events, next_status
@@ -50,9 +53,11 @@ from posttrain.plan.verdicts import (
     begin_attempt,
     charge,
     explain_gang,
+    explain_unserved,
     fail,
     finish,
     go_on,
+    hold,
     holding_refs,
     old_refs,
     pin_profile,
@@ -110,7 +115,14 @@ def preview_training_run(
     prepare = prepare_children(situation) if is_needed(situation) else ()
     first = replace(situation, status=run.status.model_copy(update={"attempt": 1}))
     workload = (build_run_workload(first, ask=first.ask),) if first.ask is not None else ()
-    return (*run_children(situation), *prepare, *workload, *server_children(first), *attempt_children(first))
+    return (
+        *run_children(situation),
+        *prepare,
+        *workload,
+        *sandbox_children(first),
+        *server_children(first),
+        *attempt_children(first),
+    )
 
 
 def _carried(situation: Situation) -> Situation:
@@ -319,12 +331,16 @@ def first_attempt(situation: Situation) -> Verdict | None:
     pinned = pin_profile(situation)
     provenance = commits.model_copy(
         update={
-            "image_digests": {"trainer": situation.image},
+            "image_digests": {"trainer": situation.image, **_sandbox_image(situation)},
             "profile": pinned.profile,
             "profile_name": pinned.profile_name,
         }
     )
     return begin_attempt(situation, changes={"provenance": provenance})
+
+
+def _sandbox_image(situation: Situation) -> dict[str, str]:
+    return {IMAGE_KEY: situation.sandbox_image} if own_sandbox(situation.run) is not None else {}
 
 
 def _with_commits(situation: Situation, preparation: Preparation) -> ProvenanceStatus:
@@ -401,10 +417,28 @@ def suspended(situation: Situation) -> Verdict | None:
             succeeded=says,
             quota_reserved=says if situation.ask is not None and situation.workload is None else None,
             changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
-            deletes=(*old_refs(situation), *present_refs(situation, server_refs(situation)), *withdraw(situation)),
+            deletes=(
+                *old_refs(situation),
+                *present_refs(situation, (sandbox_ref(situation.name), *server_refs(situation))),
+                *withdraw(situation),
+            ),
             deadlines=silences(situation),
         ),
     )
+
+
+def signal_lost(situation: Situation) -> Verdict | None:
+    """There is nothing good to learn any more, and the user chose not to go on then."""
+    loss = find_loss(situation)
+    if loss is None:
+        return None
+    cause = Cause(
+        reason=loss.reason,
+        message=f"attempt {situation.attempt}: {loss.message}",
+        budget="none",
+        advice=advice_for(loss.reason),
+    )
+    return hold(situation, cause, field=loss.field, kept=True) if loss.policy == "Suspend" else fail(situation, cause)
 
 
 def attempt_failed(situation: Situation) -> Verdict | None:
@@ -492,22 +526,25 @@ def cleaning_up(situation: Situation) -> Verdict | None:
     )
 
 
-def awaiting_servers(situation: Situation) -> Verdict | None:
-    """No gang is there, and not every rollout server answers: without them it would hold its GPUs for nothing."""
-    if situation.was_created or situation.servers_ready:
+def server_never_answers(situation: Situation) -> Verdict | None:
+    """A rollout server has ended again and again: no gang is made to wait for it."""
+    ended = never_answers(situation) if not situation.was_created else None
+    if ended is None:
         return None
-    says = never_answers(situation)
-    if says is not None:
-        return fail(
-            situation,
-            Cause(
-                reason=says.reason,
-                message=f"attempt {situation.attempt}: {says.message}",
-                budget="none",
-                advice=advice_for(says.reason),
-            ),
-        )
-    return go_on(situation, waits=explain_servers(situation))
+    return fail(
+        situation,
+        Cause(
+            reason="CrashLooping",
+            message=f"attempt {situation.attempt}: {ended}",
+            budget="none",
+            advice=advice_for("CrashLooping"),
+        ),
+    )
+
+
+def awaiting_services(situation: Situation) -> Verdict | None:
+    """The gang would find no sandbox, or not every rollout server: it would hold its GPUs for nothing."""
+    return go_on(situation) if explain_unserved(situation) is not None else None
 
 
 def starting(situation: Situation) -> Verdict | None:
@@ -542,6 +579,7 @@ _CHECKS: tuple[Check, ...] = (
     completed,  # the gang is done
     suspend_requested,  # the user asked us to stop: whatever ends from here on ends because of that
     suspended,  # nothing is to be started
+    signal_lost,  # there is nothing good to learn any more, and the user chose an end or a suspension
     quota_lost,  # the queue wants its quota back: whatever ends from here on ends because of that
     attempt_failed,  # the gang died: find the cause, then restart or give up
     deadline_exceeded,  # ran past activeDeadlineSeconds
@@ -549,7 +587,8 @@ _CHECKS: tuple[Check, ...] = (
     stalled,  # nothing was heard past progressDeadlineSeconds
     cleaning_up,  # the attempt before is not gone yet
     awaiting_quota,  # nothing of an attempt is there before its quota
-    awaiting_servers,  # nothing of a gang is there before what generates for it
+    server_never_answers,  # what generates for it ends again and again
+    awaiting_services,  # nothing of a gang is there before what generates for it, and what runs its programs
     starting,  # make the attempt's job
     running,  # wait for events
 )

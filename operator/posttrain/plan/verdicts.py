@@ -13,7 +13,7 @@ from posttrain.api.methods import table_of
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Cause
-from posttrain.plan.children import attempt_children, frozen_job, run_children, server_refs
+from posttrain.plan.children import attempt_children, frozen_job, run_children, sandbox_children, server_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
@@ -23,7 +23,9 @@ from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
 from posttrain.plan.quota import explain_quota, report_pods_ready
+from posttrain.plan.sandbox import explain_unready, own_sandbox, sandbox_ref
 from posttrain.plan.servers import explain_servers, unwanted_servers, wanted_servers
+from posttrain.plan.signal import explain_signal
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.status import Says, Verdict
 from posttrain.plan.types import Manifest, ObjectRef, StatusPatch
@@ -49,6 +51,7 @@ def accept(situation: Situation, verdict: Verdict) -> Verdict:
         accepted=Says("True", "Accepted"),
         quota_reserved=verdict.quota_reserved or explain_quota(situation),
         server_ready=verdict.server_ready or explain_servers(situation),
+        signal_healthy=explain_signal(situation),
         changes=changes,
         objects=(*run_children(situation), *verdict.objects),
     )
@@ -86,10 +89,23 @@ def say_prepared(situation: Situation) -> Says:
 
 
 def explain_gang(situation: Situation) -> Says:
-    """Return why not every pod of the current attempt runs: it has no quota, or what stands in the way of its pods."""
+    """Return why not every pod of the current attempt runs: what it has to have first, or what stands in their way."""
     if not situation.was_created and not situation.has_quota:
         return explain_quota(situation)
-    return explain_waiting(situation.gang, job_events=situation.observed.job_events)
+    unserved = explain_unserved(situation)
+    return unserved or explain_waiting(situation.gang, job_events=situation.observed.job_events)
+
+
+def explain_unserved(situation: Situation) -> Says | None:
+    """Return why nobody serves the gang that is to be made; None where it is there, and all that it needs serves."""
+    if situation.was_created:
+        return None
+    unready = None
+    if own_sandbox(situation.run) is not None:
+        unready = explain_unready(situation.name, situation.observed)
+    if unready is None and not situation.servers_ready:
+        unready = explain_servers(situation)
+    return unready
 
 
 def go_on(
@@ -130,7 +146,13 @@ def go_on(
             pods_ready=pods_ready,
             succeeded=Says("False", "InProgress", message),
             changes={"hold": None},
-            objects=(*wanted_servers(situation), *objects, *_lost_config_map(situation), *frozen_job(situation)),
+            objects=(
+                *sandbox_children(situation),
+                *wanted_servers(situation),
+                *objects,
+                *_lost_config_map(situation),
+                *frozen_job(situation),
+            ),
             deletes=(*old_refs(situation), *present_refs(situation, unwanted_servers(situation)), *deletes),
             patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),
@@ -225,13 +247,19 @@ def stop_non_finite(situation: Situation, cause: Cause) -> Verdict:
     """Return the verdict on a loss that was not finite: the user chose between the end and a suspension."""
     if situation.run.spec.restarts.on_non_finite == "Fail":
         return fail(situation, cause)
+    return hold(situation, cause, field="spec.restarts.onNonFinite")
+
+
+def hold(situation: Situation, cause: Cause, *, field: str, kept: bool = False) -> Verdict:
+    """Return the commit of a suspension that the user chose, by `field`, for the case that the cause names."""
     message = (
-        f"{cause.message}: the run is suspended (spec.restarts.onNonFinite). Change what may be changed, "
+        f"{cause.message}: the run is suspended ({field}). Change what may be changed, "
         "or set spec.suspend to true and back to false, to go on from the latest checkpoint"
     )
     generation = situation.run.metadata.generation
     return begin_attempt(
         situation,
+        kept=kept,
         changes={
             "hold": HoldStatus(reason=cause.reason, message=message, generation=generation),
             "failure": _failure(situation, cause),
@@ -293,7 +321,7 @@ def old_refs(situation: Situation) -> tuple[ObjectRef, ...]:
 
 def holding_refs(situation: Situation) -> tuple[ObjectRef, ...]:
     """Return the children of an ended run that still hold something: live pods do. A job that ended keeps its logs."""
-    refs = list(situation.old_children)
+    refs = [*situation.old_children, sandbox_ref(situation.name)]
     if situation.live_trainer_pods or (situation.gang.job is not None and situation.gang.job.phase == "Pending"):
         refs.append(job_ref(situation.name, attempt=situation.attempt))
     prepare = situation.observed.objects.get(prepare_ref(situation.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,14 @@ def picky(prompts: list[Any], completions: list[Any], posttrain_row: list[int], 
     if any(row % 2 for row in posttrain_row):
         raise ValueError("an odd row")
     return [1.0] * len(completions)
+
+
+async def slow(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """Prefer few characters, after a while."""
+    await asyncio.sleep(0)
+    return [-len(completion[0]["content"]) / 100 for completion in completions]
+
+
+def constant(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """Reward everything alike."""
+    return [0.5] * len(completions)

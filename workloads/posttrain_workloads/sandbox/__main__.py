@@ -1,5 +1,7 @@
 """`python -m posttrain_workloads.sandbox`: try the walls, then serve Piston's API.
 
+Where to listen is an option, or in a pod the environment variable POSTTRAIN_LISTEN.
+
 Exit codes: 2 the walls do not hold or the options do not fit this machine; 1 it could not go on serving.
 """
 
@@ -12,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from posttrain.contract import environment
 from posttrain_workloads.sandbox import selftest
 from posttrain_workloads.sandbox.forkserver import GuardError
 from posttrain_workloads.sandbox.job import Walls
@@ -58,8 +61,9 @@ async def _serve(settings: Settings, *, walls: Walls) -> int:
 def _settings(arguments: list[str], *, work: Path) -> Settings:
     default = Ceiling()
     parser = argparse.ArgumentParser(prog="python -m posttrain_workloads.sandbox", description="Run foreign programs.")
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=2000, help="0 for any free one (default: %(default)s)")
+    host, _, port = os.environ.get(environment.LISTEN, "127.0.0.1:2000").rpartition(":")
+    parser.add_argument("--host", default=host, help="where to listen (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=int(port), help="0 for any free one (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=_cpus(), help="jobs at the same time (default: one a CPU)")
     parser.add_argument("--body-mib", type=int, default=64, help="largest request (default: %(default)s)")
     parser.add_argument(

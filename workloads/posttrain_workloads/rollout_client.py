@@ -27,16 +27,15 @@ from vllm.distributed.weight_transfer.nccl_common import trainer_init
 from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
 from posttrain_workloads.rollout_engine import BROADCAST_SECONDS, JOIN_SECONDS, GlooGroup
+from posttrain_workloads.rollout_errors import RolloutError, ServerLost
+from posttrain_workloads.rollout_hand_over import abandon_hand_over, begin_hand_over
 from posttrain_workloads.rollout_plugin import GLOO
-from posttrain_workloads.rollout_server import ANSWER_SECONDS, RolloutError, RolloutServer, ServerLost
+from posttrain_workloads.rollout_server import ANSWER_SECONDS, RolloutServer
 
 _NCCL = "nccl"
 _UPDATE_SECONDS = 1800.0
 """For all tensors of a hand-over."""
 _POLL_SECONDS = 0.0002
-_ABANDONED = "abandoned"
-_NONE_BEGUN = "finish_weight_update called without a matching start_weight_update"
-"""vLLM's answer where there is no hand-over to end (v1/worker/gpu_worker.py)."""
 _BLAME_SECONDS = 5.0
 """How long a broken broadcast waits for the server that broke it to be known."""
 _Answer = TypeVar("_Answer")
@@ -171,7 +170,6 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
                 )
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # where vLLM opens the trainer's end
-        self._each(_abandon_hand_over)
         self._open_group()
         atexit.register(self.close_communicator)
 
@@ -230,7 +228,7 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
             _log.warning("a rollout server was restarted: the group for weights is opened anew")
             self._open_group()
         self.version = f"{self._next_version()}-incomplete"  # which no server has: nothing is sampled from a half
-        self._ask_each("/start_weight_update", {})
+        self._each(begin_hand_over)
 
     def _finish_weight_update(self) -> None:
         version = self._next_version()
@@ -246,6 +244,7 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
 
     def _open_group(self) -> None:
         self.close_communicator()
+        self._each(abandon_hand_over)
         sizes: list[int] = self._each(RolloutServer.get_world_size)
         group = {
             "master_address": _address_towards(self.servers[0]),
@@ -298,19 +297,6 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
 
     def _ask_each(self, path: str, body: Any = None) -> list[Any]:
         return self._each(lambda server: server.ask("POST", path, BROADCAST_SECONDS, body))
-
-
-def _abandon_hand_over(server: RolloutServer) -> None:
-    """End the hand-over that a trainer before this one left half done: a server in the middle of one begins no other.
-
-    The half of its weights that are new matter to nobody: the version is of no trainer.
-    """
-    try:
-        server.ask("POST", "/finish_weight_update", BROADCAST_SECONDS, {"weight_version": _ABANDONED})
-    except ServerLost as error:
-        if _NONE_BEGUN not in str(error):
-            raise
-        server.session.close()  # the server leaves a connection on which it failed
 
 
 def _generate(

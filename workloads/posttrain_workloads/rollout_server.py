@@ -15,8 +15,7 @@ from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
 
 from posttrain.contract.environment import ROLLOUT_KEY
-from posttrain.contract.result import ExitCode
-from posttrain_workloads.runtime import RankFailure
+from posttrain_workloads.rollout_errors import RolloutError, ServerLost
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
@@ -24,20 +23,6 @@ ANSWER_SECONDS = 60.0
 ROLLOUT_SECONDS = 3600.0
 """For a batch of completions."""
 _READY_POLL_SECONDS = 1.0
-
-
-class RolloutError(RankFailure):
-    """The rollout servers cannot do what was asked of them; the message names the server and the likely cause."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("RolloutFailed", message)
-
-
-class ServerLost(RolloutError):
-    """A server does not answer, or lost what it had been given. It may be back after a restart."""
-
-    def __init__(self, message: str) -> None:
-        RankFailure.__init__(self, "ServerLost", message, exit_code=ExitCode.TRANSIENT)
 
 
 class RolloutServer(VLLMClient):  # type: ignore[misc]
@@ -118,7 +103,10 @@ class RolloutServer(VLLMClient):  # type: ignore[misc]
             message = (
                 f"the rollout server {self.base_url} answered {asked} with {answer.status_code}: {answer.text[:500]}"
             )
-            raise ServerLost(f"{message}; its log says more") if answer.status_code >= 500 else RolloutError(message)
+            if answer.status_code < 500:
+                raise RolloutError(message)
+            self.session.close()  # the server leaves a connection on which it failed
+            raise ServerLost(f"{message}; its log says more")
         return answer
 
     # What the inherited methods ask through.

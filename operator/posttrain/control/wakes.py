@@ -96,7 +96,13 @@ def _pod(manifest: Manifest, status: dict[str, Any]) -> list[Any]:
             if condition.get("type") in _POD_CONDITIONS
         ],
         [
-            [container.get("name"), container.get("imageID"), _state(container.get("state") or {})]
+            # A gang's container is ready as soon as it runs; a server's when it answers, for which a gang may wait.
+            [
+                container.get("name"),
+                container.get("imageID"),
+                container.get("ready"),
+                _state(container.get("state") or {}),
+            ]
             for container in containers
         ],
     ]

@@ -22,9 +22,8 @@ from posttrain.api.schema import FREE_FORM, Node, model_in, resource_schema
 from posttrain.api.spelling import write_value
 from posttrain.api.training_run import (
     KIND,
-    MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
-    MUTABLE_GRPO_FIELDS,
+    MUTABLE_PARTS,
     MUTABLE_RESOURCES_FIELDS,
     NAME_RULE,
     PLURAL,
@@ -204,11 +203,7 @@ def _validation(rule: Rule) -> Node:
 
 def _immutability(spec: Node) -> list[Node]:
     """Return a rule for each field that must stay as it is, also if it was added or removed."""
-    parts = {
-        "checkpoints": MUTABLE_CHECKPOINT_FIELDS,
-        "grpo": MUTABLE_GRPO_FIELDS,
-        "resources": MUTABLE_RESOURCES_FIELDS,
-    }
+    parts = {**MUTABLE_PARTS, "resources": MUTABLE_RESOURCES_FIELDS}
     paths = [name for name in spec["properties"] if name not in MUTABLE_FIELDS | parts.keys()]
     for part, mutable in parts.items():
         paths += [f"{part}.{name}" for name in spec["properties"][part]["properties"] if name not in mutable]

@@ -16,9 +16,8 @@ from posttrain.api.schema import Node, resource_schema
 from posttrain.api.spelling import join_names, write_value
 from posttrain.api.training_run import (
     KIND,
-    MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
-    MUTABLE_GRPO_FIELDS,
+    MUTABLE_PARTS,
     MUTABLE_RESOURCES_FIELDS,
     Method,
 )
@@ -94,8 +93,7 @@ def render_training_run() -> str:
     schema = resource_schema()
     spec, status = schema["properties"]["spec"], schema["properties"]["status"]
     mutable = [f"`{name}`" for name in spec["properties"] if name in MUTABLE_FIELDS]
-    mutable += [f"`checkpoints.{name}`" for name in sorted(MUTABLE_CHECKPOINT_FIELDS)]
-    mutable += [f"`grpo.{name}`" for name in sorted(MUTABLE_GRPO_FIELDS)]
+    mutable += [f"`{part}.{name}`" for part, names in MUTABLE_PARTS.items() for name in sorted(names)]
     waiting = [f"`resources.{name}`" for name in sorted(MUTABLE_RESOURCES_FIELDS)]
     lines = [
         _GENERATED,

@@ -363,6 +363,20 @@ def test_a_gang_that_nobody_makes_has_its_deadline_from_the_moment_that_its_job_
     assert bench.says("Succeeded") == ("False", "PendingDeadlineExceeded")
 
 
+def test_a_sandbox_that_never_serves_counts_towards_the_pending_deadline() -> None:
+    bench = Bench()
+    bench.submit(pendingDeadlineSeconds=100, sft=None, grpo={"rewards": [{"name": "code"}], "args": {"max_steps": 20}})
+    bench.settle()
+    bench.wait(50)
+    bench.settle()
+    assert bench.says("Succeeded") == ("False", "InProgress")
+    bench.wait(50)
+    bench.settle()
+
+    assert bench.says("Succeeded") == ("False", "PendingDeadlineExceeded")
+    assert "the sandbox is starting" in bench.condition("Succeeded").message
+
+
 def test_a_gang_that_failed_is_replaced_by_a_whole_new_one() -> None:
     bench = Bench()
     bench.submit(resources={"numNodes": 2, "gpusPerNode": 0})

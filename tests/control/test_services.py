@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from posttrain.control.kinds import DEPLOYMENT, NETWORK_POLICY, STATEFUL_SET
 from tests.support.bench import Bench
 
@@ -17,9 +19,9 @@ SANDBOX_SERVES = {"replicas": 1, "readyReplicas": 1}
 SERVICES = ["Deployment demo-sandbox", "StatefulSet demo-server"]
 
 
-def submit(bench: Bench) -> None:
+def submit(bench: Bench, **spec: Any) -> None:
     """Let both be made, with pods that do not serve yet."""
-    bench.submit(**SERVED)
+    bench.submit(**SERVED, **spec)
     bench.settle()
     bench.others.make_server_pods()
     bench.others.make_sandbox_pod(phase="Running")
@@ -84,6 +86,21 @@ def test_a_server_that_never_answers_ends_the_run_also_while_the_sandbox_is_awai
         "CrashLooping",
         "attempt 1: after 5 restarts pod demo-server-1 ends with exit code 1: no memory for keys and values",
     )
+    assert bench.names(DEPLOYMENT, STATEFUL_SET) == []
+
+
+def test_servers_that_never_answer_count_towards_the_pending_deadline() -> None:
+    bench = Bench()
+    submit(bench, pendingDeadlineSeconds=100)
+    sandbox_serves(bench)
+    bench.wait(50)
+    bench.settle()
+    assert bench.says("Succeeded") == ("False", "InProgress")
+    bench.wait(50)
+    bench.settle()
+
+    assert bench.says("Succeeded") == ("False", "PendingDeadlineExceeded")
+    assert "0 of 2 servers answer" in bench.condition("Succeeded").message
     assert bench.names(DEPLOYMENT, STATEFUL_SET) == []
 
 

@@ -81,7 +81,7 @@ def operator(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> 
     finally:
         operator.close()
     user = f"system:serviceaccount:{NAMESPACE}:posttrain-operator"
-    asked = [event for event in cluster.audit() if event["user"]["username"] == user]
+    asked = [event for event in cluster.audit() if event["user"].get("username") == user]
     decided: dict[str, set[str]] = {"allow": set(), "forbid": set()}
     for event in asked:
         about = event.get("objectRef") or {}

@@ -88,7 +88,7 @@ def written_by(cluster: TestCluster, user: str) -> list[dict[str, Any]]:
     return [
         event
         for event in cluster.audit()
-        if event["user"]["username"] == account
+        if event["user"].get("username") == account
         and event["verb"] in ("create", "patch", "update", "delete")
         and event["objectRef"]["resource"] not in NO_WORK
     ]

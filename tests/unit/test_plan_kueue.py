@@ -393,6 +393,21 @@ def test_a_missing_flavor_is_waited_for() -> None:
     assert "PyTorchJob" in kinds(plan(run, observe(workload, flavors={"h100": {"metadata": {"name": "h100"}}})))
 
 
+SERVED = {
+    "sft": None,
+    "grpo": {"rewards": [{"name": "format"}], "rollout": {"mode": "Server", "server": {}}, "args": {"max_steps": 20}},
+}
+
+
+def test_rollout_servers_wait_for_a_missing_flavor_too() -> None:
+    run = queued(**SERVED)
+    workload = build_observed_workload(RESERVED, ADMITTED, nodes=2, status=admission("h100"))
+    flavor = {"h100": {"metadata": {"name": "h100"}}}
+
+    assert "StatefulSet" not in kinds(plan(run, observe(workload)))
+    assert "StatefulSet" in kinds(plan(run, observe(workload, flavors=flavor)))
+
+
 GONE = condition("QuotaReserved", "False", "Inadmissible", "LocalQueue team-a doesn't exist")
 LATE = evicted("PodsReadyTimeout", "too late")
 LIMIT = evicted("Deactivated", "deactivated due to exceeding the limit")
@@ -448,6 +463,16 @@ def test_without_kueue_a_gang_that_runs_goes_on() -> None:
     assert on.status is not None
     assert (on.status.attempt, on.status.stage) == (1, "Starting")
     assert says(on)[:2] == ("False", "KueueMissing")
+
+
+def test_without_kueue_a_gang_that_runs_keeps_its_rollout_servers() -> None:
+    held = build_observed_workload(RESERVED, ADMITTED, nodes=2)
+    servers = [m for m in plan(queued(**SERVED), observe(held)).objects if m["kind"] in ("StatefulSet", "ConfigMap")]
+    run = after(queued(**SERVED), observe(held, *servers, JOB, POD))
+    on = plan(run, observe(*servers, JOB, POD, kueue=False))
+
+    assert [ref.name for ref in on.deletes] == []
+    assert [m["metadata"]["name"] for m in on.objects if m["kind"] == "StatefulSet"] == ["demo-server"]
 
 
 def test_a_gang_that_ended_well_before_its_eviction_is_not_started_again() -> None:
@@ -519,6 +544,16 @@ def test_the_pending_deadline_counts_the_wait_for_quota() -> None:
     run = run.model_copy(update={"status": over.status})
     (patch,) = plan(run, observe(build_observed_workload(PENDING)), seconds=101).patches
     assert status_of(patch)["conditions"]["Finished"] == ("True", "Failed")
+
+
+def test_the_sandbox_is_there_only_while_quota_is() -> None:
+    run = queued(sft=None, grpo={"rewards": [{"name": "code"}], "args": {"max_steps": 20}})
+    (sandbox,) = (m for m in plan(run, observe(HELD)).objects if m["kind"] == "Deployment")
+    waiting = build_observed_workload(PENDING)
+
+    assert kinds(plan(run, observe(waiting))).isdisjoint({"Deployment", "PyTorchJob"})
+    assert ObjectRef.of(sandbox) in plan(run, observe(waiting, sandbox)).deletes
+    assert ObjectRef.of(sandbox) not in plan(run, observe(HELD, sandbox)).deletes
 
 
 def test_a_gang_that_was_evicted_before_it_ran_has_waited_since_it_was_queued() -> None:

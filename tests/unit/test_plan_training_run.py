@@ -306,6 +306,17 @@ def test_success_wins_over_a_suspension_that_comes_too_late() -> None:
     assert succeeded_says(plan(run, observe(job, pod), seconds=6)) == "Completed"
 
 
+def test_a_job_that_succeeded_keeps_its_logs_though_a_worker_has_not_ended_yet() -> None:
+    run, job, pod = running()
+    pod = end_pod(pod, exit_code=0, finished=at(5), result=Result(reason="Completed", message="done"))
+    worker = build_pod("demo", uid="late")
+    ended = observe({**job, "status": ended_status("Succeeded", at_time=at(5))}, pod, worker)
+
+    run = written(run, plan(run, ended, seconds=6))
+
+    assert plan(run, ended, seconds=7).deletes == ()
+
+
 def test_a_pod_on_a_silent_node_is_given_up_two_minutes_after_its_grace_period() -> None:
     run, job, pod = running()
     failed = {**job, "status": ended_status("Failed", at_time=at(5))}

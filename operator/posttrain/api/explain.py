@@ -14,9 +14,8 @@ from posttrain.api.schema import FREE_FORM, Node, resource_schema
 from posttrain.api.spelling import first_sentence, join_names, nearest, write_value
 from posttrain.api.training_run import (
     KIND,
-    MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
-    MUTABLE_GRPO_FIELDS,
+    MUTABLE_PARTS,
     MUTABLE_RESOURCES_FIELDS,
 )
 from posttrain.errors import UserError
@@ -160,8 +159,7 @@ def _entries(node: Node) -> tuple[Entry, ...]:
 def _is_mutable(steps: list[str]) -> bool | None:
     if len(steps) < 2 or steps[0] != "spec":
         return None
-    parts = {"checkpoints": MUTABLE_CHECKPOINT_FIELDS, "grpo": MUTABLE_GRPO_FIELDS}
-    return steps[1] in MUTABLE_FIELDS or (len(steps) > 2 and steps[2] in parts.get(steps[1], ()))
+    return steps[1] in MUTABLE_FIELDS or (len(steps) > 2 and steps[2] in MUTABLE_PARTS.get(steps[1], ()))
 
 
 def _not_found(name: str, before: list[str], fields: dict[str, Node]) -> str:

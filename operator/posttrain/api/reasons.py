@@ -285,7 +285,8 @@ _CATALOGUE = (
     ),
     Reason(
         name="PendingDeadlineExceeded",
-        message="The gang waited longer than spec.pendingDeadlineSeconds for its quota and its pods.",
+        message="The gang waited longer than spec.pendingDeadlineSeconds for its quota, its sandbox and rollout "
+        "servers, and its pods.",
         advice="Ask for less, or raise the deadline.",
     ),
     Reason(

@@ -66,6 +66,9 @@ MUTABLE_GRPO_FIELDS = frozenset({"signal"})
 MUTABLE_RESOURCES_FIELDS = frozenset({"queueName", "workloadPriorityClass", "profile", "numNodes"})
 """Only while the run holds no quota: the gang is not there, and what is asked of the queue can still change."""
 
+MUTABLE_PARTS = {"checkpoints": MUTABLE_CHECKPOINT_FIELDS, "grpo": MUTABLE_GRPO_FIELDS}
+"""The objects in the spec of which some fields may change at any time, by name."""
+
 
 class Sft(ApiModel):
     """Supervised fine-tuning with TRL's SFTTrainer."""
@@ -208,7 +211,7 @@ class TrainingRunSpec(ApiModel):
         ge=1,
         le=2**31 - 1,
         description="Seconds that a gang may wait before the run fails: for its quota, from when it is asked for it "
-        "(and again after a preemption), and for its pods; without a queue for its pods alone. Default: none.",
+        "(and again after a preemption), for its sandbox and rollout servers, and for its pods. Default: none.",
         examples=[7200],
     )
     ttl_seconds_after_finished: int | None = Field(
@@ -346,6 +349,12 @@ class TrainingRunSpec(ApiModel):
         names = [reward.name for reward in rewards if reward.name is not None]
         needed = any(name in REWARDS and REWARDS[name].needs_sandbox for name in names)
         return ((self.grpo and self.grpo.sandbox) or Sandbox()) if needed else None
+
+    @property
+    def own_sandbox(self) -> Sandbox | None:
+        """The sandbox that is made for the run; None where it needs none or uses servers that are there."""
+        used = self.used_sandbox
+        return used if used is not None and used.mode == "Local" else None
 
     @property
     def image_name(self) -> ImageName:

@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from posttrain.api.base import JsonObject
 from posttrain.api.training_run import (
-    MUTABLE_CHECKPOINT_FIELDS,
     MUTABLE_FIELDS,
-    MUTABLE_GRPO_FIELDS,
+    MUTABLE_PARTS,
     MUTABLE_RESOURCES_FIELDS,
     Method,
     TrainingRunSpec,
@@ -107,11 +106,7 @@ class TrainingConfig(ContractModel):
 def immutable_spec(spec: TrainingRunSpec) -> dict[str, Any]:
     """Return the part of a spec that never changes while the run lives, as JSON data."""
     data = {key: value for key, value in spec.to_data().items() if key not in MUTABLE_FIELDS}
-    for name, mutable in (
-        ("checkpoints", MUTABLE_CHECKPOINT_FIELDS),
-        ("grpo", MUTABLE_GRPO_FIELDS),
-        ("resources", MUTABLE_RESOURCES_FIELDS),
-    ):
+    for name, mutable in {**MUTABLE_PARTS, "resources": MUTABLE_RESOURCES_FIELDS}.items():
         if name in data:
             data[name] = {key: value for key, value in data[name].items() if key not in mutable}
     return data

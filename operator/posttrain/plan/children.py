@@ -39,7 +39,7 @@ from posttrain.plan.rollout_servers import (
     servers_config_ref,
     servers_ref,
 )
-from posttrain.plan.sandbox import build_sandbox, own_sandbox, sandbox_ref, sandbox_urls
+from posttrain.plan.sandbox import build_sandbox, sandbox_ref, sandbox_urls
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.trainer_pod import Assignment, PodInputs
 from posttrain.plan.types import Manifest, ObjectRef
@@ -95,7 +95,17 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
     return config_map, job
 
 
-def sandbox_children(situation: Situation) -> tuple[Manifest, ...]:
+def service_children(situation: Situation) -> tuple[Manifest, ...]:
+    """Return what a gang waits for until it serves: the run's sandbox and its rollout servers."""
+    return *_sandbox_children(situation), *_server_children(situation)
+
+
+def service_refs(situation: Situation) -> tuple[ObjectRef, ...]:
+    """Return the references to what of them goes when no gang is to be there: what holds nothing stays."""
+    return sandbox_ref(situation.name), *_server_refs(situation)
+
+
+def _sandbox_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return what the run's sandbox consists of; its Deployment only where it is not there: it is never re-rendered."""
     made = sandbox_ref(situation.name)
     parts = _sandbox_parts(situation)
@@ -103,7 +113,7 @@ def sandbox_children(situation: Situation) -> tuple[Manifest, ...]:
 
 
 def _sandbox_parts(situation: Situation) -> tuple[Manifest, ...]:
-    sandbox = own_sandbox(situation.run)
+    sandbox = situation.run.spec.own_sandbox
     if sandbox is None:
         return ()
     return build_sandbox(situation.run, sandbox, image=situation.sandbox_image, settings=situation.settings)
@@ -132,7 +142,7 @@ def build_run_workload(situation: Situation, *, ask: Ask) -> Manifest:
     return build_workload(inputs, ask=ask, priority_class=wanted, priority=priority)
 
 
-def server_children(situation: Situation) -> tuple[Manifest, ...]:
+def _server_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return the rollout servers with all that they need, for the quota that the run has now; none in other modes.
 
     Servers that are there stay as they were made. Their key is made with them, once.
@@ -148,7 +158,7 @@ def server_children(situation: Situation) -> tuple[Manifest, ...]:
     if kept is not None:
         servers = json.loads(kept["data"][JOB_FILE])
         return (build_service(run), servers) if observed is not None else (build_service(run), secret, servers)
-    if observed is not None or situation.live_server_pods:
+    if observed is not None or situation.live_server_pods or _lacks_flavors(situation):
         return ()
     name = names.server_name(situation.name)
     inputs = _pod_inputs(situation, attempt=situation.attempt, config=name, pod_set=SERVER_POD_SET)
@@ -158,16 +168,21 @@ def server_children(situation: Situation) -> tuple[Manifest, ...]:
     return build_service(run), secret, config_map, servers
 
 
-def server_refs(situation: Situation) -> tuple[ObjectRef, ...]:
+def _server_refs(situation: Situation) -> tuple[ObjectRef, ...]:
     """Return the references to what goes with the servers' end: what keeps their address and their key stays."""
     return servers_ref(situation.name), servers_config_ref(situation.name)
 
 
 def _assignment(situation: Situation, *, pod_set: str) -> Assignment:
-    workload, flavors = situation.workload, situation.observed.flavors
-    if workload is None or missing_flavors(workload, flavors):
+    if situation.workload is None or _lacks_flavors(situation):
         return Assignment()
-    return build_assignment(workload, flavors, pod_set=pod_set)
+    return build_assignment(situation.workload, situation.observed.flavors, pod_set=pod_set)
+
+
+def _lacks_flavors(situation: Situation) -> bool:
+    """Return whether it is not known yet what the quota asks of pods."""
+    workload = situation.workload
+    return workload is not None and bool(missing_flavors(workload, situation.observed.flavors))
 
 
 def child_refs(situation: Situation) -> frozenset[ObjectRef]:
@@ -180,7 +195,7 @@ def child_refs(situation: Situation) -> frozenset[ObjectRef]:
     if situation.ask is not None:
         refs.add(workload_ref(situation.name))
     if situation.run.spec.rollout_servers is not None:
-        refs |= {*server_refs(situation), ObjectRef.of(build_service(situation.run))}
+        refs |= {*_server_refs(situation), ObjectRef.of(build_service(situation.run))}
     return frozenset(refs)
 
 

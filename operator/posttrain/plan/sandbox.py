@@ -36,12 +36,6 @@ _GRACE_SECONDS = 5
 """A program that is cut off is run again, or its completion has no reward: nothing is worth waiting for."""
 
 
-def own_sandbox(run: TrainingRun) -> Sandbox | None:
-    """Return what the run asks of the sandbox that is made for it; None where it has none or uses others'."""
-    used = run.spec.used_sandbox
-    return used if used is not None and used.mode == "Local" else None
-
-
 def sandbox_urls(run: TrainingRun) -> tuple[str, ...]:
     """Return where the programs out of the run's completions are sent."""
     used = run.spec.used_sandbox

@@ -1,17 +1,15 @@
-"""Rollout servers as a run sees them: whether they answer, in words, and what is wanted of them at this moment.
+"""Rollout servers as a run sees them: whether they answer, in words.
 
 It owns the condition ServerReady; it must not know how a server is written.
 """
 
 from __future__ import annotations
 
-from posttrain.plan.children import server_children, server_refs
 from posttrain.plan.pods import find_end, find_obstacle
 from posttrain.plan.rollout_servers import RESTARTS_MAX, count_ready, restarts_of
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says
 from posttrain.plan.trainer_pod import SERVER_CONTAINER
-from posttrain.plan.types import Manifest, ObjectRef
 
 
 def explain_servers(situation: Situation) -> Says:
@@ -19,7 +17,7 @@ def explain_servers(situation: Situation) -> Says:
     servers = situation.run.spec.rollout_servers
     if servers is None:
         return Says("Unknown", "NoServers")
-    if not situation.holds_servers and not situation.has_quota:
+    if not situation.holds_servers and situation.awaits_quota:
         return Says("False", "ServersWanted")
     if situation.servers_ready:
         return Says("True", "ServersReady")
@@ -36,13 +34,3 @@ def never_answers(situation: Situation) -> str | None:
     given_up = (pod for pod in situation.server_pods if restarts_of(pod) >= RESTARTS_MAX)
     ended = find_end(given_up, container=SERVER_CONTAINER)
     return f"after {RESTARTS_MAX} restarts {ended}" if ended is not None else None
-
-
-def wanted_servers(situation: Situation) -> tuple[Manifest, ...]:
-    """Return the servers of a run whose gang may be there, or is about to."""
-    return server_children(situation) if situation.has_quota else ()
-
-
-def unwanted_servers(situation: Situation) -> tuple[ObjectRef, ...]:
-    """Return the servers for deletion, where the quota that they had is gone."""
-    return () if situation.has_quota else server_refs(situation)

@@ -210,6 +210,11 @@ class Situation:
         workload, ask = self.workload, self.ask
         return workload is None if ask is None else workload is not None and workload.admitted and workload.ask == ask
 
+    @property
+    def awaits_quota(self) -> bool:
+        """Whether nothing of an attempt may be made yet, for want of quota."""
+        return not self.was_created and not self.has_quota
+
     @cached_property
     def holds_gang(self) -> bool:
         """Whether anything of a gang is there that runs, or from which pods may still be made."""

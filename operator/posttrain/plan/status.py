@@ -87,8 +87,9 @@ def _times_of_attempt(situation: Situation) -> dict[str, Any]:
     times: dict[str, Any] = {}
     workload = situation.workload
     waits = situation.ask is not None and workload is not None and not workload.reserved
-    if waits and workload is not None and not situation.was_created and status.attempt_queued_time is None:
-        times["attempt_queued_time"] = workload.pending_since or now
+    served = situation.run.spec.own_sandbox is not None or situation.run.spec.rollout_servers is not None
+    if (waits or (served and situation.has_quota)) and not situation.was_created and status.attempt_queued_time is None:
+        times["attempt_queued_time"] = (workload.pending_since if workload is not None and waits else None) or now
     if gang.job is not None and status.attempt_created_time is None:
         times["attempt_created_time"] = gang.job.created or now
     if gang.runs and status.gang_hash is None:

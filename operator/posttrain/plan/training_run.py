@@ -29,9 +29,8 @@ from posttrain.plan.children import (
     prepare_children,
     prepare_refs,
     run_children,
-    sandbox_children,
-    server_children,
-    server_refs,
+    service_children,
+    service_refs,
 )
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.objects import code_hash
@@ -40,7 +39,7 @@ from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload, withdraw
 from posttrain.plan.references import foresee_end
-from posttrain.plan.sandbox import IMAGE_KEY, own_sandbox, sandbox_ref
+from posttrain.plan.sandbox import IMAGE_KEY
 from posttrain.plan.servers import never_answers
 from posttrain.plan.signal import find_loss
 from posttrain.plan.situation import Situation
@@ -119,8 +118,7 @@ def preview_training_run(
         *run_children(situation),
         *prepare,
         *workload,
-        *sandbox_children(first),
-        *server_children(first),
+        *service_children(first),
         *attempt_children(first),
     )
 
@@ -340,7 +338,7 @@ def first_attempt(situation: Situation) -> Verdict | None:
 
 
 def _sandbox_image(situation: Situation) -> dict[str, str]:
-    return {IMAGE_KEY: situation.sandbox_image} if own_sandbox(situation.run) is not None else {}
+    return {IMAGE_KEY: situation.sandbox_image} if situation.run.spec.own_sandbox is not None else {}
 
 
 def _with_commits(situation: Situation, preparation: Preparation) -> ProvenanceStatus:
@@ -419,7 +417,7 @@ def suspended(situation: Situation) -> Verdict | None:
             changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
             deletes=(
                 *old_refs(situation),
-                *present_refs(situation, (sandbox_ref(situation.name), *server_refs(situation))),
+                *present_refs(situation, service_refs(situation)),
                 *withdraw(situation),
             ),
             deadlines=silences(situation),

@@ -13,7 +13,7 @@ from posttrain.api.methods import table_of
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Cause
-from posttrain.plan.children import attempt_children, frozen_job, run_children, sandbox_children, server_refs
+from posttrain.plan.children import attempt_children, frozen_job, run_children, service_children, service_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
@@ -23,8 +23,8 @@ from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
 from posttrain.plan.quota import explain_quota, report_pods_ready
-from posttrain.plan.sandbox import explain_unready, own_sandbox, sandbox_ref
-from posttrain.plan.servers import explain_servers, unwanted_servers, wanted_servers
+from posttrain.plan.sandbox import explain_unready
+from posttrain.plan.servers import explain_servers
 from posttrain.plan.signal import explain_signal
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.status import Says, Verdict
@@ -90,7 +90,7 @@ def say_prepared(situation: Situation) -> Says:
 
 def explain_gang(situation: Situation) -> Says:
     """Return why not every pod of the current attempt runs: what it has to have first, or what stands in their way."""
-    if not situation.was_created and not situation.has_quota:
+    if situation.awaits_quota:
         return explain_quota(situation)
     unserved = explain_unserved(situation)
     return unserved or explain_waiting(situation.gang, job_events=situation.observed.job_events)
@@ -101,7 +101,7 @@ def explain_unserved(situation: Situation) -> Says | None:
     if situation.was_created:
         return None
     unready = None
-    if own_sandbox(situation.run) is not None:
+    if situation.run.spec.own_sandbox is not None:
         unready = explain_unready(situation.name, situation.observed)
     if unready is None and not situation.servers_ready:
         unready = explain_servers(situation)
@@ -127,11 +127,14 @@ def go_on(
     if situation.status.attempt_running_time is not None:
         trains = progress is not None and progress.attempt_start is not None
         stage, told = ("Training", told or "the gang trains") if trains else (stage, told or "the gang loads")
-    elif not situation.was_created and not situation.has_quota:
+    elif situation.awaits_quota:
         stage, told = "Queued", f"waiting for quota: {told}"
     elif failure is not None and failure.attempt == situation.attempt - 1:
         stage = "Restarting"
     message = message or f"attempt {situation.attempt}: {told}"
+    # Like the gang, what serves it holds nothing while there is no quota.
+    services = () if situation.awaits_quota else service_children(situation)
+    spare = present_refs(situation, service_refs(situation)) if situation.awaits_quota else ()
     times = (
         active_deadline(situation),
         pending_deadline(situation),
@@ -146,14 +149,8 @@ def go_on(
             pods_ready=pods_ready,
             succeeded=Says("False", "InProgress", message),
             changes={"hold": None},
-            objects=(
-                *sandbox_children(situation),
-                *wanted_servers(situation),
-                *objects,
-                *_lost_config_map(situation),
-                *frozen_job(situation),
-            ),
-            deletes=(*old_refs(situation), *present_refs(situation, unwanted_servers(situation)), *deletes),
+            objects=(*services, *objects, *_lost_config_map(situation), *frozen_job(situation)),
+            deletes=(*old_refs(situation), *spare, *deletes),
             patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),
         ),
@@ -320,14 +317,19 @@ def old_refs(situation: Situation) -> tuple[ObjectRef, ...]:
 
 
 def holding_refs(situation: Situation) -> tuple[ObjectRef, ...]:
-    """Return the children of an ended run that still hold something: live pods do. A job that ended keeps its logs."""
-    refs = [*situation.old_children, sandbox_ref(situation.name)]
-    if situation.live_trainer_pods or (situation.gang.job is not None and situation.gang.job.phase == "Pending"):
+    """Return the children of an ended run that still hold something: live pods do. A job that ended keeps its logs.
+
+    One that succeeded does before its last worker has ended: the training operator takes back what still runs then.
+    """
+    refs = [*situation.old_children, *service_refs(situation)]
+    job = situation.gang.job
+    succeeded = job is not None and job.phase == "Succeeded"
+    if (situation.live_trainer_pods and not succeeded) or (job is not None and job.phase == "Pending"):
         refs.append(job_ref(situation.name, attempt=situation.attempt))
     prepare = situation.observed.objects.get(prepare_ref(situation.name))
     if prepare is not None and parse_prepare_state(prepare).phase == "Pending":
         refs.append(prepare_ref(situation.name))
-    return present_refs(situation, (*refs, *server_refs(situation)))
+    return present_refs(situation, tuple(refs))
 
 
 def _lost_config_map(situation: Situation) -> tuple[Manifest, ...]:

@@ -84,7 +84,7 @@ CALLS: dict[tuple[str, str, str], Iterable[Kind]] = {
     ("reconciler", "_create", "create"): PLANNED,
     ("reconciler", "_delete", "delete"): DELETED,
     ("reconciler", "_find", "get"): SEEN,
-    ("reconciler", "_job_events", "list"): (EVENT,),
+    ("reconciler", "_creation_events", "list"): (EVENT,),
     ("reconciler", "_look", "delete"): (TRAINING_RUN,),
     ("reconciler", "_own_code", "get"): (CONFIG_MAP,),
     ("reconciler", "_patch", "patch"): (),  # PATCHED, each with its subresource

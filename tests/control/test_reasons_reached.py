@@ -366,21 +366,7 @@ def job_event(message: str) -> Happens:
     def happens(bench: Bench) -> None:
         bench.submit()
         bench.settle()
-        job = bench.others.job(1)
-        assert job is not None
-        about = {"kind": "PyTorchJob", "name": "demo-a1", "uid": job["metadata"]["uid"]}
-        bench.cluster.put(
-            {
-                "apiVersion": "v1",
-                "kind": "Event",
-                "metadata": {"name": "demo-a1.1", "namespace": "team"},
-                "involvedObject": about,
-                "type": "Warning",
-                "reason": "FailedCreatePod",
-                "message": message,
-                "lastTimestamp": rfc3339(bench.now),
-            }
-        )
+        bench.others.put_event(PYTORCHJOB, "demo-a1", reason="FailedCreatePod", message=message)
         bench.wait(60)
 
     return happens

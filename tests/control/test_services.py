@@ -104,6 +104,21 @@ def test_servers_that_never_answer_count_towards_the_pending_deadline() -> None:
     assert bench.names(DEPLOYMENT, STATEFUL_SET) == []
 
 
+def test_a_server_whose_pod_is_refused_says_why() -> None:
+    bench = Bench()
+    bench.submit(**SERVED)
+    bench.settle()
+    sandbox_serves(bench)
+    message = "create Pod demo-server-0 in StatefulSet demo-server failed error: exceeded quota: team"
+    bench.others.put_event(STATEFUL_SET, "demo-server", reason="FailedCreate", message=message)
+    bench.wait(60)
+    bench.settle()
+
+    says = ("False", "QuotaExceeded")
+    assert (bench.says("ServerReady"), bench.says("PodsReady")) == (says, says)
+    assert bench.condition("ServerReady").message == "2 of 2 pods cannot be created: exceeded quota: team"
+
+
 def test_a_suspension_takes_both_away_and_the_next_attempt_waits_for_both_again() -> None:
     bench = Bench()
     submit(bench)

@@ -29,7 +29,7 @@ def load_observed(data: dict[str, Any]) -> Observed:
         pods=tuple(data.get("pods", [])),
         foreign=frozenset(refs),
         config_maps=data.get("configMaps", {}),
-        job_events=tuple(data.get("jobEvents", [])),
+        creation_events=tuple(data.get("creationEvents", [])),
         server_key=data.get("serverKey", ""),
         kueue=data.get("kueue", False),
         flavors={flavor["metadata"]["name"]: flavor for flavor in data.get("flavors", [])},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.cluster import TestCluster
-from tests.support.cluster_runs import ClusterRun, message_of, reasons
+from tests.support.cluster_runs import ClusterRun, enforce_gpu_quota, message_of, reasons
 from tests.support.operator_process import OperatorProcess
 
 pytestmark = pytest.mark.integration
@@ -68,6 +68,22 @@ def test_a_gang_is_not_made_while_a_server_finds_no_node(
     assert "pod demo-server-" in message_of(status, "ServerReady")
     assert (status["stage"], reasons(status)["PodsReady"]) == ("Starting", ("False", "Unschedulable"))
     assert objects_of(run, "pytorchjobs") == []
+
+
+def test_a_server_that_a_quota_refuses_is_told_in_its_words_and_made_when_it_fits(
+    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
+) -> None:
+    enforce_gpu_quota(cluster, run.namespace, gpus=1)
+    run.apply(**served(gpus=1))
+
+    waiting = run.await_status(lambda status: reasons(status)["ServerReady"][1] == "QuotaExceeded", what="the wait")
+    message = message_of(waiting, "ServerReady")
+    assert message.startswith('1 of 2 pods cannot be created: pods "demo-server-')
+    assert "exceeded quota: gpus, requested: requests.nvidia.com/gpu=1, used: requests.nvidia.com/gpu=1" in message
+    assert objects_of(run, "pytorchjobs") == []
+
+    enforce_gpu_quota(cluster, run.namespace, gpus=3)
+    run.await_running(pods=1)
 
 
 def test_servers_live_over_a_restart_of_the_gang_and_not_over_a_suspension(

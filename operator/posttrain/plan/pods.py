@@ -5,6 +5,7 @@ It owns the reading of pods that wait or run; it must not decide what follows fr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,7 +18,10 @@ from posttrain.plan.types import Manifest
 _PULL_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 _VOLUME_WORDS = ("PersistentVolumeClaim", "persistentvolumeclaim", "volume node affinity", "volume")
 _NOT_CREATED = "FailedCreate"
-"""Beginning of the reasons with which the training operator says that it could not create a pod or its service."""
+"""Beginning of the reasons with which the training operator, and the StatefulSet controller, say that they could not
+create a pod or its service."""
+_REFUSED = re.compile(r"^(?:Error creating: |create Pod \S+ in StatefulSet \S+ failed error: )")
+"""What they put before the API server's own words."""
 _OVER_QUOTA = "exceeded quota"
 """In every refusal by a ResourceQuota (k8s.io/apiserver, admission/plugin/resourcequota)."""
 _SHOWN_LINES = 5
@@ -35,12 +39,12 @@ def explain_running(gang: Gang) -> Says:
     return Says("Unknown", "NodeUnreachable", message)
 
 
-def explain_waiting(gang: Gang, *, job_events: Iterable[Manifest] = ()) -> Says:
+def explain_waiting(gang: Gang, *, creation_events: Iterable[Manifest] = ()) -> Says:
     """Return why not every pod of the gang runs: the first obstacle found, else how many run."""
-    if len(gang.pods) < gang.size:
-        refused = _not_created(gang, job_events)
-        if refused is not None:
-            return refused
+    job = names.attempt_name(gang.run, attempt=gang.attempt)
+    refused = find_refusal(creation_events, of=job, missing=gang.size - len(gang.pods), size=gang.size)
+    if refused is not None:
+        return refused
     obstacle = find_obstacle(gang.pods)
     if obstacle is not None:
         return obstacle
@@ -70,15 +74,14 @@ def find_end(pods: Iterable[Manifest], *, container: str) -> str | None:
     return None
 
 
-def _not_created(gang: Gang, job_events: Iterable[Manifest]) -> Says | None:
-    """Return why pods are missing: only an Event about the job tells of a pod that the API server refused."""
-    job = names.attempt_name(gang.run, attempt=gang.attempt)
-    about = [event for event in job_events if (event.get("involvedObject") or {}).get("name") == job]
+def find_refusal(events: Iterable[Manifest], *, of: str, missing: int, size: int) -> Says | None:
+    """Return why pods are missing: only an Event about `of`, which makes them, tells of one that was refused."""
+    about = [event for event in events if (event.get("involvedObject") or {}).get("name") == of]
     refusals = [event for event in about if str(event.get("reason") or "").startswith(_NOT_CREATED)]
-    if not refusals:
+    if not missing or not refusals:
         return None
-    message = str(max(refusals, key=_last_seen).get("message") or "").removeprefix("Error creating: ")
-    told = f"{gang.size - len(gang.pods)} of {gang.size} pods cannot be created: {message}"
+    message = _REFUSED.sub("", str(max(refusals, key=_last_seen).get("message") or ""))
+    told = f"{missing} of {size} pods cannot be created: {message}"
     return Says("False", "QuotaExceeded" if _OVER_QUOTA in message else "PodsNotCreated", told)
 
 

@@ -5,7 +5,8 @@ It owns the condition ServerReady; it must not know how a server is written.
 
 from __future__ import annotations
 
-from posttrain.plan.pods import find_end, find_obstacle
+from posttrain.plan.names import server_name
+from posttrain.plan.pods import find_end, find_obstacle, find_refusal
 from posttrain.plan.rollout_servers import RESTARTS_MAX, count_ready, restarts_of
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says
@@ -25,8 +26,14 @@ def explain_servers(situation: Situation) -> Says:
     ended = find_end(pods, container=SERVER_CONTAINER)
     if ended is not None:
         return Says("False", "CrashLooping", ended)
+    refused = find_refusal(
+        situation.observed.creation_events,
+        of=server_name(situation.name),
+        missing=servers.replicas - len(pods),
+        size=servers.replicas,
+    )
     loading = f"{count_ready(pods)} of {servers.replicas} servers answer"
-    return find_obstacle(pods) or Says("False", "Loading", loading)
+    return refused or find_obstacle(pods) or Says("False", "Loading", loading)
 
 
 def never_answers(situation: Situation) -> str | None:

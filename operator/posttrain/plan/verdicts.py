@@ -93,7 +93,7 @@ def explain_gang(situation: Situation) -> Says:
     if situation.awaits_quota:
         return explain_quota(situation)
     unserved = explain_unserved(situation)
-    return unserved or explain_waiting(situation.gang, job_events=situation.observed.job_events)
+    return unserved or explain_waiting(situation.gang, creation_events=situation.observed.creation_events)
 
 
 def explain_unserved(situation: Situation) -> Says | None:

@@ -109,7 +109,7 @@ def test_a_server_whose_pod_is_refused_says_why() -> None:
     bench.submit(**SERVED)
     bench.settle()
     sandbox_serves(bench)
-    message = "create Pod demo-server-0 in StatefulSet demo-server failed error: exceeded quota: team"
+    message = "Create Pod demo-server-0 in StatefulSet demo-server failed error: exceeded quota: team"
     bench.others.put_event(STATEFUL_SET, "demo-server", reason="FailedCreate", message=message)
     bench.wait(60)
     bench.settle()

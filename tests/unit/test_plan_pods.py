@@ -47,7 +47,7 @@ def test_a_resource_quota_that_refuses_a_pod_is_named() -> None:
 
 
 def test_a_refusal_of_a_servers_pod_is_told_without_the_words_of_its_controller() -> None:
-    told = f"create Pod demo-server-1 in StatefulSet demo-server failed error: {OVER_QUOTA}"
+    told = f"Create Pod demo-server-1 in StatefulSet demo-server failed error: {OVER_QUOTA}"
     events = [event("FailedCreate", told, job="demo-server"), event("FailedCreatePod", "another")]
 
     assert find_refusal(events, of="demo-server", missing=1, size=3) == Says(

@@ -28,7 +28,7 @@ class FakeServer:
         self.asked: list[str] = []
         self.broken = ""
 
-    def weight_version(self) -> str:
+    def weight_version(self, seconds: float) -> str:
         return self.version
 
     def ask(self, method: str, path: str, seconds: float, body: Any = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,20 @@ class Command:
     def logs(self) -> str:
         return "\n".join(f"{file}:\n{file.read_text()[-3000:]}" for file in sorted(self.run_folder.logs.glob("*.log")))
 
+    def wait_for(self, look: Callable[[], object], *, what: str) -> None:
+        """Wait for what happens while it runs."""
+
+        def found() -> object:
+            ended = self.process is None or self.process.poll() is not None
+            seen = look()
+            assert seen or not ended, f"it ended before {what}:\n{self.wait()[1]}\n{self.logs()}"
+            return seen
+
+        wait_for(found, what=f"{what}: {self.run_folder.path}", seconds=self.wait_seconds)
+
     def wait_for_checkpoint(self, step: int) -> None:
         marker = self.run_folder.storage / f"checkpoint-{step}" / ".posttrain-complete.json"
-        wait_for(marker.exists, what=f"checkpoint {step}: {self.run_folder.path}", seconds=self.wait_seconds)
+        self.wait_for(marker.exists, what=f"checkpoint {step}")
 
     def processes(self, *, rank: int | None = None, pod: str | None = None) -> list[int]:
         """Return the living processes of its pods, or only those of a rank or a pod, which their environment tells."""

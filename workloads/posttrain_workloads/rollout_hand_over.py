@@ -15,14 +15,14 @@ _BEGUN = "incomplete"
 _ABANDONED = "abandoned"
 _NONE_BEGUN = "finish_weight_update called without a matching start_weight_update"
 """vLLM's answer where there is no hand-over to end (v1/worker/gpu_worker.py)."""
-_SECONDS = 600.0
-"""A server that waits for a tensor of a trainer that is gone answers when it has given up."""
+_SECONDS = 660.0
+"""A server that waits for a tensor of a trainer that is gone answers nothing until it has given up."""
 
 
 class Server(Protocol):
     """As much of a `RolloutServer` as is needed here."""
 
-    def weight_version(self) -> str:
+    def weight_version(self, seconds: float) -> str:
         """Return the version that was handed over to it last."""
 
     def ask(self, method: str, path: str, seconds: float, body: Any = None) -> Any:
@@ -46,7 +46,7 @@ def abandon_hand_over(server: Server) -> None:
     Raises:
         ServerLost: it does not answer, or cannot end it; only its restart helps.
     """
-    if server.weight_version() != _BEGUN:
+    if server.weight_version(_SECONDS) != _BEGUN:
         return
     try:
         _finish(server)

@@ -53,9 +53,12 @@ class RolloutServer(VLLMClient):  # type: ignore[misc]
                     raise
                 time.sleep(_READY_POLL_SECONDS)
 
-    def weight_version(self) -> str:
-        """Return the version that was handed over to it last; a server that has just started has another one."""
-        return str(self.ask("GET", "/weight_info", ANSWER_SECONDS).json()["weight_version"])
+    def weight_version(self, seconds: float = ANSWER_SECONDS) -> str:
+        """Return the version that was handed over to it last; a server that has just started has another one.
+
+        While it waits for a tensor it does not answer.
+        """
+        return str(self.ask("GET", "/weight_info", seconds).json()["weight_version"])
 
     def get_server_info(self) -> dict[str, Any]:
         """Return the server's resolved configuration."""

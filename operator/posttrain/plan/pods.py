@@ -20,7 +20,7 @@ _VOLUME_WORDS = ("PersistentVolumeClaim", "persistentvolumeclaim", "volume node 
 _NOT_CREATED = "FailedCreate"
 """Beginning of the reasons with which the training operator, and the StatefulSet controller, say that they could not
 create a pod or its service."""
-_REFUSED = re.compile(r"^(?:Error creating: |create Pod \S+ in StatefulSet \S+ failed error: )")
+_REFUSED = re.compile(r"^(?:Error creating: |Create Pod \S+ in StatefulSet \S+ failed error: )")
 """What they put before the API server's own words."""
 _OVER_QUOTA = "exceeded quota"
 """In every refusal by a ResourceQuota (k8s.io/apiserver, admission/plugin/resourcequota)."""

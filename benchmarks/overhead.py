@@ -9,7 +9,7 @@ has `build_config` (the run), `train_plainly` (with TRL's own trainer) and `trai
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
 import importlib
 import json
 import os
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,59 +31,109 @@ REPORTING = "posttrain"
 UNREACHABLE = "unreachable"
 
 
-def parse_options(description: str | None, *, pairs: int, steps: int, every: int, batch: int) -> argparse.Namespace:
+def parse_options(description: str | None, *, pairs: int, every: int, batch: int) -> argparse.Namespace:
     """Return what the command line asks for; the numbers are the defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=pairs)
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--every", type=int, default=every, help="steps between checkpoints")
+    parser.add_argument("--pairs", type=int, default=pairs, help="blocks of each variant")
+    parser.add_argument("--every", type=int, default=every, help="steps of a block, and between checkpoints")
     parser.add_argument("--batch", type=int, default=batch, help="rows of a step, or completions")
     parser.add_argument("--python", type=Path, help="the trainer's interpreter (default: `posttrain env trainer`)")
     return parser.parse_args()
 
 
+@dataclass
+class Timed:
+    """What was seen of a variant: the seconds of its blocks, in turn, and what was logged of each of its steps."""
+
+    seconds: list[float] = field(default_factory=list)
+    logs: list[dict[str, Any]] = field(default_factory=list)
+
+
 def run_in_turn(
     script: str, variants: Sequence[str], options: argparse.Namespace, *, python_path: Sequence[Path] = ()
-) -> dict[str, list[dict[str, Any]]]:
-    """Return what the timer of each run wrote, by variant, in the order of the pairs."""
+) -> dict[str, Timed]:
+    """Train each variant in a process of its own, of which one at a time computes, for a block; return what was seen.
+
+    A block has one checkpoint, in its middle, and goes on until that counts. What is written is on the disk before
+    another begins; the order changes from round to round. So both sides of a pair see the machine in the same minute.
+    """
     sys.path.insert(0, str(ROOT))
     from tests.workloads._server import FactsServer
 
     server = FactsServer()
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent, tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))
         addresses = {
             PLAIN: None,
             REPORTING: [server.url, server.status_url],
             UNREACHABLE: [f"http://127.0.0.1:{silent.getsockname()[1]}/{path}" for path in ("facts", "status")],
         }
-        task = {
-            "folder": folder,
-            "script": script,
-            "runs": [(variant, addresses[variant]) for _ in range(options.pairs) for variant in variants],
-            "steps": options.steps,
-            "every": options.every,
-            "batch": options.batch,
-        }
-        parts = [*(ROOT / part for part in ("benchmarks", "operator", "workloads", ".")), *python_path]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, parts)),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": f"{folder}/hf-home",
-        }
-        command = [options.python or trainer_interpreter(), "-c", "import overhead; overhead.measure()"]
-        done = subprocess.run(
-            command, env=environment, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=True
-        )
-    found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        processes = {}
+        for variant in variants:
+            task = {
+                "folder": stack.enter_context(tempfile.TemporaryDirectory()),
+                "script": script,
+                "addresses": addresses[variant],
+                **{name: getattr(options, name) for name in ("pairs", "every", "batch")},
+            }
+            processes[variant] = stack.enter_context(_start(task, python=options.python, python_path=python_path))
+        timed = {variant: Timed() for variant in variants}
+        for variant, process in processes.items():
+            _read(variant, process)
+        for turn in range(options.pairs):
+            for variant in (*variants[turn % len(variants) :], *variants[: turn % len(variants)]):
+                seconds = _take_turn(variant, processes[variant])
+                timed[variant].seconds.append(seconds)
+                print(f"{variant}: {seconds:.2f} s", file=sys.stderr, flush=True)
+        for variant, process in processes.items():
+            timed[variant].logs = _read(variant, process)
+    return timed
 
 
-def median_ratio(found: Mapping[str, list[dict[str, Any]]], variant: str) -> float:
+def _start(task: Mapping[str, Any], *, python: Path | None, python_path: Sequence[Path]) -> subprocess.Popen[str]:
+    parts = [*(ROOT / part for part in ("benchmarks", "operator", "workloads", ".")), *python_path]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, parts)),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": f"{task['folder']}/hf-home",
+    }
+    return subprocess.Popen(
+        [python or trainer_interpreter(), "-c", "import overhead; overhead.measure()", json.dumps(task)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _take_turn(variant: str, process: subprocess.Popen[str]) -> float:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return float(_read(variant, process))
+
+
+def _read(variant: str, process: subprocess.Popen[str]) -> Any:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"the run of {variant} ended before its last block; what it wrote is above")
+    return json.loads(line)
+
+
+def median_ratio(timed: Mapping[str, Timed], variant: str) -> float:
     """Return the median over the pairs of a variant's time to that of plain TRL."""
-    pairs = zip(found[variant], found[PLAIN], strict=True)
-    return statistics.median(ours["seconds"] / plain["seconds"] for ours, plain in pairs)
+    pairs = zip(timed[variant].seconds, timed[PLAIN].seconds, strict=True)
+    return statistics.median(ours / plain for ours, plain in pairs)
+
+
+def quartiles(timed: Mapping[str, Timed], variant: str) -> str:
+    """Return the middle half of those ratios, as text: what the median is worth."""
+    pairs = zip(timed[variant].seconds, timed[PLAIN].seconds, strict=True)
+    low, _, high = statistics.quantiles(ours / plain for ours, plain in pairs)
+    return f"{low:.3f} to {high:.3f}"
 
 
 def trainer_interpreter() -> str:
@@ -96,8 +147,10 @@ def trainer_interpreter() -> str:
 
 
 def measure() -> None:
-    """Do the runs named on standard input, and print what the timer of each wrote, by variant."""
-    task = json.load(sys.stdin)
+    """Do the run that the first argument describes, block by block as standard input says, and print what was seen."""
+    import torch.distributed as dist
+
+    task = json.loads(sys.argv[1])
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     os.environ |= {
@@ -110,29 +163,17 @@ def measure() -> None:
         "TQDM_DISABLE": "1",
     }
     script = importlib.import_module(task["script"])
-    found: dict[str, list[dict[str, Any]]] = {}
     output, sys.stdout = sys.stdout, sys.stderr  # what the trainer prints is no result
-    for number, (variant, addresses) in enumerate(task["runs"]):
-        folder = Path(task["folder"]) / f"run-{number}"
-        folder.mkdir()
-        timed = time_run(script, folder, addresses, task)
-        found.setdefault(variant, []).append(timed)
-        subprocess.run(["rm", "-r", folder], check=True)
-        print(f"{variant}: {timed['seconds']:.2f} s", file=sys.stderr, flush=True)
-    print(json.dumps(found), file=output)
-
-
-def time_run(script: Any, folder: Path, addresses: list[str] | None, task: Mapping[str, Any]) -> dict[str, Any]:
-    """Train once, plainly or as a rank of a run, and return what the timer wrote."""
-    import torch.distributed as dist
-
-    timing = folder / "timing.json"
+    folder, every = Path(task["folder"]), task["every"]
+    timer = {"every": every, "output": output.fileno(), "storage": None}
+    if task["addresses"] is not None:
+        timer["storage"] = str(folder / "storage")
     config = script.build_config(
-        steps=task["steps"],
+        steps=every // 2 + task["pairs"] * every,
         batch=task["batch"],
-        checkpoints={"everySteps": task["every"], "keepLast": 2},
+        checkpoints={"everySteps": every, "keepLast": 2},
         code={"path": str(Path(__file__).parent)},
-        callbacks=[{"function": "overhead:build_step_timer", "params": {"target": str(timing)}}],
+        callbacks=[{"function": "overhead:build_step_timer", "params": timer}],
     )
     environ = {
         **{key: value for key, value in os.environ.items() if not key.startswith("KUBEFLOW_")},
@@ -141,19 +182,15 @@ def time_run(script: Any, folder: Path, addresses: list[str] | None, task: Mappi
         "POSTTRAIN_MOUNT_FILES": "/",
     }
     (folder / "storage").mkdir()
-    os.environ.pop("KUBEFLOW_TRAINER_SERVER_URL", None)
-    if addresses is None:
+    if task["addresses"] is None:
         script.train_plainly(config, environ=environ)
         dist.destroy_process_group()
     else:
         token = folder / "token"
         token.write_text("secret")
-        facts_url, status_url = addresses
+        facts_url, status_url = task["addresses"]
         os.environ |= {"KUBEFLOW_TRAINER_SERVER_URL": status_url, "KUBEFLOW_TRAINER_SERVER_TOKEN": str(token)}
         train_as_rank(script, config, environ={**environ, "POSTTRAIN_FACTS_URL": facts_url})
-    gc.collect()
-    timed: dict[str, Any] = json.loads(timing.read_text())
-    return timed
 
 
 def train_as_rank(script: Any, config: Any, *, environ: Mapping[str, str]) -> None:
@@ -177,29 +214,41 @@ def train_as_rank(script: Any, config: Any, *, environ: Mapping[str, str]) -> No
     reporter.close(timeout_seconds=1)
 
 
-def build_step_timer(target: str) -> Any:
-    """Return a callback that writes how long the steps after the first one took, and what was logged of each."""
+def build_step_timer(every: int, output: int, storage: str | None) -> Any:
+    """Return a callback that trains a block each time that standard input says so, and writes how long that took.
+
+    The first half of a block is for warming up. With a `storage` the block ends when its checkpoint is marked there.
+    """
     from transformers import TrainerCallback
+
+    from posttrain.contract.checkpoints import MARKER_NAME, checkpoint_folder
+
+    def write(value: Any) -> None:
+        os.write(output, f"{json.dumps(value)}\n".encode())
 
     class StepTimer(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.started = 0.0
-            self.seconds = 0.0
+            self.started: float | None = None
             self.logs: list[dict[str, Any]] = []
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 1:
-                self.started = time.perf_counter()
-
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == state.max_steps:
-                self.seconds = time.perf_counter() - self.started
+            if state.global_step % every != every // 2:
+                return
+            if self.started is not None and storage is not None:
+                marker = Path(storage) / checkpoint_folder(state.global_step // every * every) / MARKER_NAME
+                while not marker.exists():
+                    time.sleep(0.01)
+            write(time.perf_counter() - self.started if self.started is not None else "warm")
+            if state.global_step < state.max_steps:
+                os.sync()
+                sys.stdin.readline()
+                self.started = time.perf_counter()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" in (logs or {}):
                 self.logs.append(dict(logs))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            Path(target).write_text(json.dumps({"seconds": self.seconds, "logs": self.logs}))
+            write(self.logs)
 
     return StepTimer()

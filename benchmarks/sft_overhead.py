@@ -1,11 +1,10 @@
 """What reporting and verified checkpoints cost a step of SFT, against plain TRL with the same settings.
 
-    .venv/bin/python benchmarks/sft_overhead.py [--pairs 3] [--steps 12] [--every 6] [--batch 4]
+    .venv/bin/python benchmarks/sft_overhead.py [--pairs 12] [--every 8] [--batch 4]
 
-Runs of the quickstart's real model on one CPU thread, in turn: plain TRL, posttrain's rank with a progress server, and
-the same with a server that takes connections and never answers. The time is from the second step's begin to the last
-step's end, with a checkpoint of 1.6 GB between them, which is many times denser than in a run that matters; the ratio
-is the median over the pairs.
+Runs of the quickstart's real model on one CPU thread each, which train a block in turn: plain TRL, posttrain's rank
+with a progress server, and the same with a server that takes connections and never answers. A block has a checkpoint
+of 1.6 GB in its middle, which is many times denser than in a run that matters; the ratio is the median over the pairs.
 """
 
 from __future__ import annotations
@@ -15,18 +14,19 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from overhead import INPUTS, PLAIN, REPORTING, UNREACHABLE, median_ratio, parse_options, run_in_turn
+from overhead import INPUTS, PLAIN, REPORTING, UNREACHABLE, median_ratio, parse_options, quartiles, run_in_turn
 
 
 def main() -> None:
     """Measure, and print one line."""
-    options = parse_options(__doc__, pairs=3, steps=12, every=6, batch=4)
-    found = run_in_turn("sft_overhead", (PLAIN, REPORTING, UNREACHABLE), options)
-    step = statistics.median(run["seconds"] for run in found[PLAIN]) / (options.steps - 1)
+    options = parse_options(__doc__, pairs=12, every=8, batch=4)
+    timed = run_in_turn("sft_overhead", (PLAIN, REPORTING, UNREACHABLE), options)
+    step = statistics.median(timed[PLAIN].seconds) / options.every
     print(
-        f"SFT step with reporting and verified checkpoints against plain TRL: {median_ratio(found, REPORTING):.3f}x, "
-        f"with an unreachable progress server {median_ratio(found, UNREACHABLE):.3f}x (median of {options.pairs} "
-        f"pairs, {options.steps} steps of {step:.2f} s, a checkpoint every {options.every})"
+        f"SFT step with reporting and verified checkpoints against plain TRL: {median_ratio(timed, REPORTING):.3f}x "
+        f"({quartiles(timed, REPORTING)}), with an unreachable progress server {median_ratio(timed, UNREACHABLE):.3f}x "
+        f"({quartiles(timed, UNREACHABLE)}); median and quartiles of {options.pairs} pairs of {options.every} steps of "
+        f"{step:.2f} s and a checkpoint"
     )
 
 

@@ -443,7 +443,7 @@ CASES: list[tuple[str, Happens]] = [
             ("CudaOutOfMemory", 1), ("HostOutOfMemory", 1), ("NcclTimeout", 138), ("PeerLost", 138),
             ("RankCrashed", 1), ("WorldSizeMismatch", 1), ("StrategyMismatch", 1), ("CheckpointCorrupt", 1),
             ("CheckpointUnusable", 2), ("StorageHoldsAnotherRun", 2), ("CodeImportFailed", 2), ("ConfigInvalid", 2),
-            ("DiskFull", 1), ("NonFiniteLoss", 1), ("RewardFunctionFailed", 1),
+            ("DiskFull", 1), ("NonFiniteLoss", 1), ("RewardFunctionFailed", 1), ("RolloutFunctionFailed", 2),
             ("StaleRolloutWeights", 1), ("TrainingFailed", 1),
         )
     ),

@@ -41,6 +41,7 @@ def dump_plan(plan: Plan) -> str:
     status = plan.status.to_data()
     data = {
         "requeueAfter": plan.requeue_after,
+        **({"statusFirst": True} if plan.status_first else {}),
         "deleteRun": plan.delete_run,
         "deletes": [f"{ref.kind} {ref.name}" for ref in plan.deletes],
         "patches": [

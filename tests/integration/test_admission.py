@@ -197,6 +197,7 @@ def test_of_what_a_grpo_run_learns_from_only_the_checks_can_be_edited(api: TestC
         ("spec.grpo.rewards[0].weight='2'", f"grpo.rewards {CANNOT_CHANGE}"),
         ("spec.grpo.args.max_steps=10", f"grpo.args {CANNOT_CHANGE}"),
         ("spec.grpo.trainerClass=mine:Trainer", f"grpo.trainerClass {CANNOT_CHANGE}"),
+        ("spec.grpo.rolloutFunction=mine:turns", f"grpo.rolloutFunction {CANNOT_CHANGE}"),
         ("spec.grpo.signal.deadReward.bound='1.5'", "spec.grpo.signal.deadReward.bound in body should match"),
         ("spec.grpo.signal.deadReward.policy=Ignore", f'Unsupported value: "Ignore": {SUPPORTED}Warn", "Suspend"'),
     ):

@@ -7,12 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-
-import pytest
 
 from posttrain.local.cluster import LocalCluster
 from posttrain.plan.types import ObjectRef
@@ -23,6 +20,7 @@ from tests.support.local_cluster import (
     await_observed,
     build_batch_job,
     build_job,
+    env,
     has_condition,
     now,
     open_cluster,
@@ -33,23 +31,6 @@ from tests.support.processes import FOREVER, TELL, await_gone, await_pids, read_
 
 MASTER = "demo-a1-master-0"
 WORKER = "demo-a1-worker-0"
-
-
-@pytest.fixture
-def pids(tmp_path: Path) -> Path:
-    """Where programs leave their process ids."""
-    (tmp_path / "pids").mkdir()
-    return tmp_path / "pids"
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
-    with closing(open_cluster(tmp_path / "demo")) as cluster:
-        yield cluster
-
-
-def env(pids: Path, **more: str) -> list[dict[str, str]]:
-    return [{"name": name, "value": value} for name, value in {"PIDS": str(pids), **more}.items()]
 
 
 BY_NODE = "import os\nmaster = os.environ['RANK'] == '0'\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,26 @@ def test_secrets_are_read_as_a_mounted_volume_without_the_line_break_of_an_edito
     (tmp_path / ".hidden").write_text("x")
 
     assert read_secrets({"hf": tmp_path, "none": tmp_path / "none"}) == {"hf": {"token": "hf_x"}}
+
+
+PROGRAMS = {"sft": None, "grpo": {"rewards": [{"name": "code"}]}}
+
+
+def test_a_machine_without_the_walls_of_the_sandbox_is_told_what_else_can_run_programs(folder: Path) -> None:
+    mac = replace(LAPTOP, system="Darwin")
+
+    (problem,) = refusal(folder, machine=mac, **PROGRAMS)
+
+    assert problem == (
+        "spec.grpo.sandbox: the walls of posttrain's own sandbox are Linux's, and this is macOS: run it on Linux, "
+        "or name a Piston of your own, --set 'spec.grpo.sandbox={mode: Piston, endpoints: [http://HOST:2000]}' "
+        "(docs/sandbox.md)"
+    )
+    assert load(folder, machine=LAPTOP, **PROGRAMS).run.spec.own_sandbox is not None
+    assert load(folder, machine=mac, **{**PROGRAMS, "prepare": {"dryRun": True}}).run.spec.own_sandbox is not None
+    piston = {"mode": "Piston", "endpoints": ["http://127.0.0.1:2000"]}
+    elsewhere = {"sft": None, "grpo": {**PROGRAMS["grpo"], "sandbox": piston}}
+    assert load(folder, machine=mac, **elsewhere).run.spec.own_sandbox is None
 
 
 def test_more_gpus_than_the_machine_has_are_refused_with_the_option_to_add(folder: Path) -> None:

@@ -10,14 +10,11 @@ import stat
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import timedelta
 from http.client import RemoteDisconnected
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from posttrain.local.cluster import LocalCluster
 from posttrain.local.shim import ORPHAN_GRACE_SECONDS
@@ -27,6 +24,7 @@ from tests.support.local_cluster import (
     await_observed,
     build_job,
     build_service,
+    env,
     has_condition,
     now,
     open_cluster,
@@ -36,23 +34,6 @@ from tests.support.processes import await_gone, await_pids, read_pids, wait_for
 
 SANDBOX = ObjectRef("apps/v1", "Deployment", "demo-sandbox")
 SERVERS = ObjectRef("apps/v1", "StatefulSet", "demo-server")
-
-
-@pytest.fixture
-def pids(tmp_path: Path) -> Path:
-    """Where programs leave their process ids."""
-    (tmp_path / "pids").mkdir()
-    return tmp_path / "pids"
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
-    with closing(open_cluster(tmp_path / "demo")) as cluster:
-        yield cluster
-
-
-def env(pids: Path, **more: str) -> list[dict[str, str]]:
-    return [{"name": name, "value": value} for name, value in {"PIDS": str(pids), **more}.items()]
 
 
 def apply(cluster: LocalCluster, manifests: list[Manifest]) -> None:

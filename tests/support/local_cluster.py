@@ -67,6 +67,11 @@ def build_site(folder: Path, **changes: Any) -> Site:
     return Site(**{**values, **changes})
 
 
+def env(pids: Path, **more: str) -> list[dict[str, str]]:
+    """Return variables of a container whose program tells its process id."""
+    return [{"name": name, "value": value} for name, value in {"PIDS": str(pids), **more}.items()]
+
+
 def open_cluster(
     folder: Path,
     *,

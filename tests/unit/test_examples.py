@@ -28,11 +28,11 @@ from tests.support.builders import T0
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "open-r1").glob("*.yaml"))
-QUICKSTART, IN_CLUSTER, BY_REWARD, IN_TURN = (
+QUICKSTART, IN_CLUSTER, BY_REWARD, IN_TURN, IN_TURNS = (
     ROOT / "examples" / "quickstart" / name
-    for name in ("trainingrun.yaml", "cluster.yaml", "grpo.yaml", "sft-then-grpo.yaml")
+    for name in ("trainingrun.yaml", "cluster.yaml", "grpo.yaml", "sft-then-grpo.yaml", "turns.yaml")
 )
-EXAMPLES = [*RECIPES, QUICKSTART, IN_CLUSTER, BY_REWARD]
+EXAMPLES = [*RECIPES, QUICKSTART, IN_CLUSTER, BY_REWARD, IN_TURNS]
 PLANNED = [*RECIPES, IN_CLUSTER]
 
 

@@ -61,6 +61,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"rewards": [{"name": "acuracy"}]}, "spec.grpo.rewards[0].name", "did you mean accuracy?"),
     ({"rewards": [{"weight": "1"}]}, "spec.grpo.rewards[0]", "exactly one of name"),
     ({"rewards": [{"name": "accuracy", "weight": 0.5}]}, "spec.grpo.rewards[0].weight", 'write it quoted, "0.5"'),
+    ({"rolloutFunction": "mine:turns"}, "spec.code", "trainerClass and rolloutFunction are looked up in own code"),
+    ({"rolloutFunction": "turns"}, "spec.grpo.rolloutFunction", 'of the form "module:Name"'),
     ({"rewards": [{"function": "mine:score"}]}, "spec.code", "a reward's function is looked up in own code"),
     (
         {"rewards": [{"name": "cosine", "params": {"max_length": 5}}]},

@@ -430,7 +430,9 @@ def test_an_eviction_ends_the_attempt_and_costs_no_budget(reason: str) -> None:
 
     assert ended.status is not None
     assert (ended.status.attempt, ended.status.completion_time, ended.status.failure) == (2, None, None)
-    assert (ended.objects, ended.deletes, ended.patches) == ((), (), ())
+    assert ended.status_first
+    assert {ref.kind for ref in ended.deletes} == {"PyTorchJob"}
+    assert not any(o["kind"] == "PyTorchJob" for o in ended.objects)
 
 
 def test_a_workload_that_somebody_deleted_ends_the_attempt_too() -> None:

@@ -62,21 +62,21 @@ class World:
         return plan_training_run(self.run, self.observed(), now=self.now, settings=SETTINGS)
 
     def carry_out_a_plan(self) -> None:
-        plan = self.plan()
-        self.do(plan, count=len(plan.deletes) + len(plan.patches) + len(plan.objects))
-        self.write_status(plan)
+        self.do(self.plan())
 
     def crash_in_the_middle(self, pick: int) -> None:
-        """Do the first `pick` things of a plan, and write no status."""
+        """Do the first `pick` things of a plan, at most all but the last."""
         self.do(self.plan(), count=pick)
 
-    def do(self, plan: Plan, *, count: int) -> None:
+    def do(self, plan: Plan, *, count: int | None = None) -> None:
+        status: tuple[Callable[[Any], None], Any] = (self.write_status, plan)
         writes: list[tuple[Callable[[Any], None], Any]] = [
             *((self.delete, ref) for ref in plan.deletes),
             *((self.patch, patch) for patch in plan.patches),
             *((self.apply, manifest) for manifest in plan.objects),
         ]
-        for write, what in writes[:count]:
+        writes = [status, *writes] if plan.status_first else [*writes, status]
+        for write, what in writes[: len(writes) if count is None else min(count, len(writes) - 1)]:
             write(what)
 
     def write_status(self, plan: Plan) -> None:
@@ -320,8 +320,9 @@ class World:
         plan = self.plan()
         wanted = {ObjectRef.of(o): o for o in plan.objects if o["kind"] == "PyTorchJob"}
         assert len(wanted) <= 1
+        counted = plan.status.attempt if plan.status is not None and plan.status_first else self.attempt
         for ref, job in wanted.items():
-            assert ref.name == f"demo-a{self.attempt}"
+            assert ref.name == f"demo-a{counted}"
             if ref in self.objects:
                 assert job["spec"] == self.objects[ref]["spec"], "a live attempt's job stays as it was made"
                 continue

@@ -24,6 +24,22 @@ OWN_CODE = {
         "async def few(completions, **columns):\n    return [1.0]\n"
     ),
     "broken_rewards.py": "import nothing_of_the_kind\n",
+    "strict_rewards.py": (
+        "import torch\n\n\n"
+        "def as_in_a_step(prompts, completions, completion_ids, answer, solution, posttrain_row, trainer_state,"
+        " log_extra, log_metric):\n"
+        "    assert trainer_state.global_step == 0 and posttrain_row == [0, 0, 1, 1, 2, 2], posttrain_row\n"
+        "    log_extra('answer', answer)\n"
+        "    log_metric('longest', 1.0)\n"
+        "    return list(torch.tensor(answer).view(-1, 2).float().flatten())\n"
+    ),
+    "rollouts.py": (
+        "def right(prompts, trainer):\n    return {}\n\n"
+        "def three(prompts, trainer, tries):\n    return {}\n\n"
+        "async def awaited(prompts, trainer):\n    return {}\n\n"
+        "class Made:\n    pass\n\n"
+        "made = Made()\n"
+    ),
 }
 
 
@@ -79,6 +95,14 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
             "sandbox": {"mode": "Piston", "endpoints": ["http://127.0.0.1:9"]}
         }),
         case("async", {"function": "async_rewards:fair"}, {"function": "async_rewards:few"}),
+        case("strict", {"function": "strict_rewards:as_in_a_step"}),
+        case("rollouts", {"name": "cosine"}, {"function": "bad_rewards:fails"}, rows=write_jsonl(
+            folder / "unsolved.jsonl", [{"problem": "?", "answer": 1} for _ in range(8)]
+        ), grpo={"rolloutFunction": "rollouts:right"}),
+        *(
+            case(name, grpo={"rolloutFunction": name})
+            for name in ("rollouts:three", "rollouts:awaited", "rollouts:Made", "rollouts:made", "rollouts:other")
+        ),
         case("cispo", args={"loss_type": "cispo"}),
         case("cispo with a bound", args={"loss_type": "cispo", "epsilon_high": 5.0}),
         case("reference", args={"beta": 0.1}, model_fields={"config": {"rope_theta": 5.0}}),
@@ -115,15 +139,21 @@ BAD = [
     ("long", "DatasetRowsInvalid", "tokens, and the model sees 512 (max_position_embeddings): leave such rows out"),
     ("few rows", "BatchNotDivisible", "a rollout takes 16 prompts (32 completions, 2 of each prompt), and the data"),
     ("does not import", "CodeImportFailed", "ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
-    ("own rewards fail", "RewardFunctionFailed", "spec.grpo.rewards[0].function: bad_rewards:fails fails on the first"),
+    ("own rewards fail", "RewardFunctionFailed", "spec.grpo.rewards[0].function: bad_rewards:fails fails on 6 complet"),
+    ("own rewards fail", "RewardFunctionFailed", "completions of the first rows (columns answer, solution and postt"),
     ("own rewards fail", "RewardFunctionFailed", "TypeError: 'int' object is not subscriptable"),
-    ("own rewards fail", "RewardFunctionFailed", "bad_rewards:few returns 1 values for 3 completions"),
-    ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 3 completions"),
+    ("own rewards fail", "RewardFunctionFailed", "bad_rewards:few returns 1 values for 6 completions"),
+    ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 6 completions"),
     ("a server that is none", "SandboxUnreachable", "the sandbox http://127.0.0.1:9/api/v2 does not answer as Piston"),
     ("a server that is none", "DatasetColumnMissing", "reward code reads the column verification_info"),
-    ("async", "RewardFunctionFailed", "spec.grpo.rewards[1].function: async_rewards:few returns 1 values for 3 comp"),
+    ("async", "RewardFunctionFailed", "spec.grpo.rewards[1].function: async_rewards:few returns 1 values for 6 comp"),
     ("vllm elsewhere", "PackageMissing", "spec.grpo.rollout.mode: Colocate needs the package vllm, which is not inst"),
     ("vllm elsewhere", "ConfigInvalid", "spec.grpo.args.vllm_max_model_length: 20 tokens are fewer than the longest p"),
+    ("rollouts:three", "CodeImportFailed", "calls rollouts:three(prompts, trainer): missing a required argument: 'tri"),
+    ("rollouts:awaited", "CodeImportFailed", "rollouts:awaited is async def, and the trainer does not await it"),
+    ("rollouts:Made", "CodeImportFailed", "rollouts:Made is a class, and it takes a function of prompts and trainer"),
+    ("rollouts:made", "CodeImportFailed", "rollouts:made is of type Made, and it takes a function of prompts and tra"),
+    ("rollouts:other", "CodeImportFailed", "spec.grpo.rolloutFunction: module rollouts has no other; it defines Made"),
     ("reference", "ConfigInvalid", "the reference model is loaded without the overrides of spec.model.config"),
 ]  # fmt: skip
 
@@ -138,6 +168,21 @@ def test_a_problem_is_named_with_its_reason_and_its_remedy(
 def test_a_completion_that_may_outgrow_the_model_is_a_warning(found: dict[str, Any]) -> None:
     assert found["nearly long"]["problems"] == []
     assert "max_completion_length 500 are together more than the 512 tokens" in found["nearly long"]["warnings"][0]
+
+
+def test_an_own_reward_is_handed_what_a_step_hands_it(found: dict[str, Any]) -> None:
+    assert found["strict"]["problems"] == []
+
+
+def test_what_a_rollout_function_may_add_is_not_missed_but_told(found: dict[str, Any]) -> None:
+    assert found["rollouts"]["problems"] == []
+    missing, failing = found["rollouts"]["warnings"]
+    assert missing.endswith(
+        "rewards[0]: reward cosine reads the column solution, and the data has answer: rollouts:right has to return "
+        "it, with a value for each completion"
+    )
+    assert "bad_rewards:fails fails on 6 completions" in failing
+    assert failing.endswith("If it needs what rollouts:right returns, nothing is wrong")
 
 
 def test_an_async_reward_is_tried_like_any_other(found: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,28 @@ def newest_completions(trainer: Any, *, count: int) -> Completions:
         # An engine inside the trainer gets the weights of the step that begins, where it has not had them yet.
         weights=[f"step-{trainer._last_loaded_step}"] * count if trainer.use_vllm else None,
     )
+
+
+def tokenize_prompts(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
+    """Return the tokens of prompts as a GRPOTrainer makes them; TRL 1.16 has no public name for it.
+
+    Goes when a rollout function is handed tokens, or a way to make them.
+    """
+    prompt_ids, _, _ = trainer._tokenize_prompts(list(prompts))
+    return [list(ids) for ids in prompt_ids]
+
+
+def generate_tokens(
+    trainer: Any, prompt_ids: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[list[float | None]] | None]:
+    """Return a completion of each prompt as a GRPOTrainer makes it, by whatever generates for it.
+
+    TRL 1.16 has no public name for it, and one for vLLM alone (trainer.vllm_generation). Goes when it has one.
+    """
+    completion_ids, logprobs = trainer._generate_single_turn(
+        [list(ids) for ids in prompt_ids], None, {}, num_generations=1
+    )
+    return [list(ids) for ids in completion_ids], logprobs
 
 
 def post_progress_in_background(trainer: Any) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from posttrain.contract.result import ExitCode
 from posttrain_workloads.runtime import RankFailure
 
+UNKNOWN = "TrainingFailed"
+"""The reason where none is known from the error."""
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 # torch.save and safetensors do not pass the system's error on.
 _FULL_TEXTS = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed writing file")
@@ -40,7 +43,7 @@ def explain_failure(error: BaseException) -> RankFailure:
     for link in chain:
         if failure := _known(link):
             return failure
-    return RankFailure("TrainingFailed", _say(error))
+    return RankFailure(UNKNOWN, _say(error))
 
 
 def _known(error: BaseException) -> RankFailure | None:

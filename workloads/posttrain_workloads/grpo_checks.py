@@ -1,4 +1,4 @@
-"""What prepare looks at for GRPO: every prompt, its length, the rewards on real rows, rollouts, steps and memory.
+"""What prepare looks at for GRPO: rewards, every prompt, its length, rollouts, steps and memory.
 
 It owns the order of these checks and their wording; it must not load a model, nor generate anything.
 """
@@ -11,25 +11,21 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from posttrain.api.grpo_checks import count_groups
-from posttrain.api.rewards import REWARDS
-from posttrain.api.spelling import join_names, nearest
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.arguments import training_args
 from posttrain_workloads.data import Mixture, load_mixture
 from posttrain_workloads.forecast import forecast_memory
 from posttrain_workloads.formats import scan_rows
 from posttrain_workloads.outcome import KnownModel, Outcome
-from posttrain_workloads.problems import Findings, InvalidInputs, Problem, last_lines, refuse
+from posttrain_workloads.own_rollouts import load_rollout_function
+from posttrain_workloads.problems import Findings, Problem, refuse
 from posttrain_workloads.prompts import PROMPT, shape_prompts
-from posttrain_workloads.rewards.execution import ExecutionError
-from posttrain_workloads.runtime import RankFailure
-from posttrain_workloads.scoring import WatchedReward, build_rewards, open_sandbox
+from posttrain_workloads.reward_checks import check_columns, check_endpoints, try_own_rewards
+from posttrain_workloads.scoring import WatchedReward, build_rewards
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from trl import GRPOConfig
 
-TRIED_ROWS = 3
 SHOWN_ROWS = 8
 _LONGEST_ROWS = 16
 
@@ -47,6 +43,8 @@ def check_grpo(
     rewards: list[WatchedReward] = []
     with findings.collect():
         rewards = build_rewards(config, environ=environ)
+    with findings.collect():
+        load_rollout_function(config)
     check_endpoints(config, findings, environ=environ)
     check_reference(config, findings)
     check_loss(config, findings)
@@ -79,7 +77,7 @@ def check_grpo(
         )
 
 
-# --- Rewards ---------------------------------------------------------------------------------------------------------
+# --- Arguments -------------------------------------------------------------------------------------------------------
 
 
 def check_reference(config: TrainingConfig, findings: Findings) -> None:
@@ -94,23 +92,6 @@ def check_reference(config: TrainingConfig, findings: Findings) -> None:
                 "model's own config.json",
             )
         )
-
-
-def check_endpoints(config: TrainingConfig, findings: Findings, *, environ: Mapping[str, str]) -> None:
-    """See that servers for programs that are not ours answer, and have any language; ours is not there yet."""
-    used, sandbox = config.spec.used_sandbox, open_sandbox(config, environ=environ)
-    if used is None or sandbox is None or used.mode == "Local":
-        return
-    path = "spec.grpo.sandbox.endpoints"
-    try:
-        languages = sandbox.languages()
-    except ExecutionError as error:
-        findings.add(Problem("SandboxUnreachable", f"{path}: {error}"))
-        return
-    for url, known in languages.items():
-        if not known:
-            message = f"{path}: the sandbox {url} has no language: install its packages, python and gcc"
-            findings.add(Problem("SandboxUnreachable", message))
 
 
 def check_loss(config: TrainingConfig, findings: Findings) -> None:
@@ -129,79 +110,6 @@ def warn_of_unseen_weights(args: GRPOConfig | None, findings: Findings) -> None:
         findings.warnings.append(
             "with vllm_importance_sampling_correction: false nobody compares vLLM's log-probabilities with the "
             "trainer's: if vLLM generates with other weights, it is not noticed"
-        )
-
-
-def check_columns(config: TrainingConfig, findings: Findings, rows: Dataset) -> bool:
-    """See that every column is there that a reward reads; return whether they all are."""
-    assert config.spec.grpo is not None
-    complete = True
-    for index, reward in enumerate(config.spec.grpo.rewards):
-        needed = REWARDS[reward.name].columns if reward.name is not None else ()
-        for column in needed:
-            if column in rows.column_names:
-                continue
-            complete = False
-            others = [name for name in rows.column_names if name != PROMPT]
-            near = nearest(column, others)
-            hint = f"rename one with spec.datasets[].rename: {{{near or 'answer'}: {column}}}"
-            there = f"the data has {join_names(others)}" if others else "the data has no column but the prompts"
-            findings.add(
-                Problem(
-                    "DatasetColumnMissing",
-                    f"spec.grpo.rewards[{index}]: reward {reward.name} reads the column {column}, and {there}: {hint}, "
-                    "or choose other data",
-                )
-            )
-    return complete
-
-
-def try_own_rewards(config: TrainingConfig, findings: Findings, rows: Dataset, *, rewards: list[WatchedReward]) -> None:
-    """Call each own reward with the first rows and an invented completion, as the trainer will."""
-    assert config.spec.grpo is not None
-    few = rows.select(range(min(TRIED_ROWS, len(rows))))
-    columns = {name: few[name][:] for name in few.column_names if name != PROMPT}
-    prompts = few[PROMPT][:]
-    completions = [
-        "An answer." if isinstance(prompt, str) else [{"role": "assistant", "content": "An answer."}]
-        for prompt in prompts
-    ]
-    for index, (reward, built) in enumerate(zip(config.spec.grpo.rewards, rewards, strict=True)):
-        if reward.function is None:
-            continue
-        path = f"spec.grpo.rewards[{index}].function: {reward.function}"
-        with findings.collect():
-            try:
-                scores = built.compute(
-                    prompts=prompts,
-                    completions=completions,
-                    completion_ids=[[0]] * len(prompts),
-                    trainer_state=None,
-                    log_extra=lambda *_: None,
-                    log_metric=lambda *_: None,
-                    **columns,
-                )
-                _see_numbers(list(scores), expected=len(prompts), path=path)
-            except (InvalidInputs, RankFailure):
-                raise
-            except Exception as error:  # own code: whatever it raises is the answer
-                raise refuse(
-                    "RewardFunctionFailed",
-                    f"{path} fails on the first {len(prompts)} rows (columns {join_names(list(columns))}) with the "
-                    f"completion {completions[0]!r}:\n{last_lines(error, skip=__file__)}",
-                ) from error
-
-
-def _see_numbers(scores: list[Any], *, expected: int, path: str) -> None:
-    odd = [
-        score for score in scores if score is not None and not (isinstance(score, int | float) and math.isfinite(score))
-    ]
-    if len(scores) != expected or odd:
-        what = f"returns {len(scores)} values" if len(scores) != expected else f"returns {odd[0]!r}"
-        raise refuse(
-            "RewardFunctionFailed",
-            f"{path} {what} for {expected} completions: a reward returns a list with a number, or None where it "
-            "cannot score, for each of them",
         )
 
 

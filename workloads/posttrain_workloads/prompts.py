@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 PROMPT = "prompt"
 
-# What TRL itself hands to a reward by name (trl/trainer/grpo_trainer.py, _calculate_rewards), and the columns by whose
-# mere presence it would take the prompts for images.
-_TRLS_OWN = frozenset(
-    {"prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+RESERVED = frozenset(
+    {PROMPT, ROW_COLUMN}
+    | {"prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
     | {"environment", "environments", "image", "images"}
 )
+"""Names that no other column can have: ours, those by which TRL itself hands something to a reward
+(trl/trainer/grpo_trainer.py, _calculate_rewards), and those by whose mere presence it would take prompts for images."""
 
 
 def shape_prompts(config: TrainingConfig, rows: Dataset, path: str, *, templated: bool) -> tuple[Layout, Dataset]:
@@ -53,7 +54,7 @@ def shape_prompts(config: TrainingConfig, rows: Dataset, path: str, *, templated
             f"spec.systemPrompt: {path} holds text, the model has no chat template, and only conversations have a "
             "system message: leave it out, or set spec.model.chatTemplate",
         )
-    kept = [name for name in rows.column_names if name == column or name not in {PROMPT, ROW_COLUMN, *_TRLS_OWN}]
+    kept = [name for name in rows.column_names if name == column or name not in RESERVED]
     rows = rows.select_columns(kept)
     if conversational:
         rows = rows.map(

@@ -137,6 +137,13 @@ class Grpo(ApiModel):
         description="`module:Name` of a subclass of trl.GRPOTrainer in `code`.",
         examples=["trainers:MyGRPOTrainer"],
     )
+    rollout_function: EntryPoint | None = Field(
+        default=None,
+        description="`module:name` in `code` of a function that makes the completions, in several turns or with what "
+        "an environment answers: it is given the prompts of a rank and the trainer. docs/rollouts.md says what it "
+        "returns. Default: none, the model completes each prompt once.",
+        examples=["turns:answer_twice"],
+    )
     rewards: tuple[Reward, ...] = Field(
         min_length=1,
         max_length=32,

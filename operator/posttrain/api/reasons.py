@@ -288,6 +288,12 @@ _CATALOGUE = (
         advice="Mend the reward that the message names, or the column that it reads: nothing is learnt from "
         "completions without a reward.",
     ),
+    Reason(
+        name="RolloutFunctionFailed",
+        message="The run's own rollout function fails, or returns what cannot be trained on.",
+        advice="Mend the function in spec.grpo.rolloutFunction as the message says; docs/rollouts.md says what it has "
+        "to return.",
+    ),
     # What a grpo run learns from
     Reason(name="SignalHealthy", message="No check of spec.grpo.signal finds anything."),
     Reason(

@@ -293,15 +293,16 @@ class TrainingRunSpec(ApiModel):
         ),
         Rule(
             field="code",
-            message="callbacks and trainerClass are looked up in own code, and none is given: set spec.code",
+            message="callbacks, trainerClass and rolloutFunction are looked up in own code, and none is given: set "
+            "spec.code",
             cel="has(self.code) || (size(self.callbacks) == 0 && !(has(self.sft) && has(self.sft.trainerClass)) && "
-            "!(has(self.grpo) && has(self.grpo.trainerClass)))",
+            "!(has(self.grpo) && (has(self.grpo.trainerClass) || has(self.grpo.rolloutFunction))))",
             holds=lambda spec: (
                 "code" in spec
                 or (
                     not spec["callbacks"]
                     and "trainerClass" not in spec.get("sft", {})
-                    and "trainerClass" not in spec.get("grpo", {})
+                    and not {"trainerClass", "rolloutFunction"} & spec.get("grpo", {}).keys()
                 )
             ),
         ),

@@ -131,9 +131,11 @@ class Reconciler:
         if plan.delete_run:
             await self._cluster.delete(key, uid=manifest["metadata"]["uid"])
             return None
+        if plan.status_first:
+            await self._record(manifest, plan)
         made = await self._carry_out(run, plan, belongings, obstacles)
-        written = await self._write_status(manifest, _status_data(plan))
-        await self._tell(written, plan.events)
+        if not plan.status_first:
+            await self._record(manifest, plan)
         return _look_again(run, plan, belongings, obstacles, made=made)
 
     # --- Observing ---------------------------------------------------------------------------------------------------
@@ -307,6 +309,11 @@ class Reconciler:
 
     # --- The status --------------------------------------------------------------------------------------------------
 
+    async def _record(self, manifest: Manifest, plan: Plan) -> None:
+        assert plan.status is not None, "a plan of a TrainingRun has a status"
+        status = plan.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+        await self._tell(await self._write_status(manifest, status), plan.events)
+
     async def _refuse(self, manifest: Manifest, problems: tuple[Problem, ...]) -> None:
         status = status_of_unreadable(manifest, problems, now=self._clock())
         told = status.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -428,11 +435,6 @@ def _reference_seconds(run: TrainingRun, plan: Plan, belongings: Belongings) -> 
         return _FLAVOR_SECONDS
     code_is_lost = not plan.objects and run.spec.code is not None and _code_ref(run) not in belongings.objects
     return _REFERENCE_SECONDS if code_is_lost or reasons & {"ReferencePending", "KueueMissing"} else None
-
-
-def _status_data(plan: Plan) -> dict[str, Any]:
-    assert plan.status is not None, "a plan of a TrainingRun has a status"
-    return plan.status.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def _name(run: TrainingRun) -> str:

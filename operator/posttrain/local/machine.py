@@ -38,6 +38,8 @@ class Machine:
     cpus: int
     memory_bytes: int
     gpus: tuple[Gpu, ...]
+    system: str = "Linux"
+    """As `uname` names it: Darwin is macOS."""
 
 
 def observe_machine(environ: Mapping[str, str] = os.environ) -> Machine:
@@ -47,6 +49,7 @@ def observe_machine(environ: Mapping[str, str] = os.environ) -> Machine:
         cpus=_cpus(),
         memory_bytes=_memory_bytes(),
         gpus=visible_gpus(_list_gpus(), visible=environ.get("CUDA_VISIBLE_DEVICES")),
+        system=platform.system(),
     )
 
 

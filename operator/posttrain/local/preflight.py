@@ -70,6 +70,7 @@ def find_local_problems(spec: TrainingRunSpec, *, machine: Machine, given: Given
         *_code(spec, given=given),
         *_gpus(spec, machine=machine),
         *_image(spec),
+        *_sandbox(spec, machine=machine),
     ]
 
 
@@ -228,3 +229,14 @@ def _image(spec: TrainingRunSpec) -> Iterator[Problem]:
             "--set spec.podOverrides.image="
         )
         yield Problem(path="spec.podOverrides.image", message=message)
+
+
+def _sandbox(spec: TrainingRunSpec, *, machine: Machine) -> Iterator[Problem]:
+    if spec.own_sandbox is None or machine.system == "Linux" or spec.prepare.dry_run:
+        return
+    system = "macOS" if machine.system == "Darwin" else machine.system
+    message = (
+        f"the walls of posttrain's own sandbox are Linux's, and this is {system}: run it on Linux, or name a Piston "
+        "of your own, --set 'spec.grpo.sandbox={mode: Piston, endpoints: [http://HOST:2000]}' (docs/sandbox.md)"
+    )
+    yield Problem(path="spec.grpo.sandbox", message=message)

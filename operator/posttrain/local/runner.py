@@ -258,11 +258,14 @@ class Execution:
         observed = self._cluster.observe()
         plan = plan_training_run(self._store.run, observed, now=_now(), settings=settings)
         assert not plan.patches, "nobody else's controller keeps a status on this machine"
+        assert plan.status is not None, "a plan of a TrainingRun has a status"
+        if plan.status_first:
+            self._cluster.apply_status(plan.status)
         for ref in plan.deletes:
             self._cluster.delete(ref)
         for manifest in plan.objects:
             self._cluster.apply(manifest)
-        if plan.status is not None:
+        if not plan.status_first:
             self._cluster.apply_status(plan.status)
         for event in plan.events:
             self._view.event(event)

@@ -43,7 +43,8 @@ class Says:
 class Verdict:
     """What a check found: the state of the run in people's words, and what is to be done.
 
-    A condition that is None stays as it was. With `commit`, the status is written before anything is done about it.
+    A condition that is None stays as it was. With `commit`, nothing is done before the status that it makes is written;
+    what is done then is judged from that.
     """
 
     stage: Stage

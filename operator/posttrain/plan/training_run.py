@@ -3,9 +3,9 @@
 It owns the decisions, as an ordered list of checks of which the first that finds something settles the matter; it must
 not build an object's content, nor know how a PyTorchJob or a pod tells its state.
 
-`status.attempt` is the commit point. Whatever ends an attempt (a failure, a suspension) is first written as ONE status
-with `attempt` one higher, its counters and its cause, by a plan that changes nothing else of the attempt; the next plan
-deletes what is left of the old attempt, and a later one, which observes nothing of it any more, makes the new one. So a
+`status.attempt` is the commit point. Whatever ends an attempt (a failure, a suspension) is written as ONE status with
+`attempt` one higher, its counters and its cause, before anything else is done about it (`status_first`); then what is
+left of the old attempt is deleted, and a later plan, which observes nothing of it any more, makes the new one. So a
 crash between any two writes neither loses nor repeats a count, and there are never two gangs.
 
 A live attempt is never rendered again: once its PyTorchJob is observed, plans want it as its ConfigMap keeps it, and
@@ -76,21 +76,23 @@ def plan_training_run(run: TrainingRun, observed: Observed, *, now: datetime, se
     before = run.status
     situation = _carried(Situation(run=run, status=before, observed=observed, now=now, settings=settings))
     verdict = _judge(situation)
-    committing = False
+    status_first = False
     while verdict.commit:
-        committing = True
+        status_first = True
         status = next_status(situation, verdict)
         situation = _carried(Situation(run=run, status=status, observed=observed, now=now, settings=settings))
         verdict = _judge(situation)
     status = next_status(situation, verdict)
     waits = [(deadline - now).total_seconds() for deadline in verdict.deadlines if deadline > now]
+    ends_later = verdict.delete_run and status_first
     return Plan(
-        objects=() if committing else verdict.objects,
-        deletes=() if committing else verdict.deletes,
-        patches=() if committing else verdict.patches,
-        delete_run=verdict.delete_run and not committing,
+        objects=verdict.objects,
+        deletes=verdict.deletes,
+        patches=verdict.patches,
+        delete_run=verdict.delete_run and not ends_later,
         status=status,
-        requeue_after=0.0 if committing else min(waits, default=None),
+        status_first=status_first,
+        requeue_after=0.0 if ends_later else min(waits, default=None),
         events=derive_events(before, status),
     )
 

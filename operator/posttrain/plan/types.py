@@ -104,6 +104,11 @@ class Plan:
     """The TTL has passed: delete the resource itself."""
     status: TrainingRunStatus | None = None
     """Every field that the operator owns (`progress` is left out: the progress server's)."""
+    status_first: bool = False
+    """The status counts something, an attempt or an end: nothing else is written before it, only after it all the rest.
+
+    Else it is written last: what it says of the children then holds.
+    """
     requeue_after: float | None = None
     """Seconds until the next deadline, TTL or stall check; None: wait for events; 0: at once."""
     events: tuple[Event, ...] = ()

@@ -14,6 +14,8 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from posttrain_workloads.own_rollouts import generate, tokenize
+
 
 class KillAfterSave(TrainerCallback):
     """Ends its rank by SIGKILL when a checkpoint's files are written and its marker is not; once."""
@@ -64,3 +66,10 @@ class Abort(TrainerCallback):
         if state.global_step == 2:
             print("the last words", flush=True)
             os.abort()
+
+
+def complete_twice(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    """Complete each prompt twice, as if it were not there as often as it is to be completed."""
+    prompt_ids = tokenize(trainer, [prompt for prompt in prompts for _ in range(2)])
+    completion_ids, logprobs = generate(trainer, prompt_ids)
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}

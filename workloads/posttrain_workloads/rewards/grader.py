@@ -14,9 +14,9 @@ math-verify imported already. On its channel a worker reads requests of one JSON
 
 Time is the worker's own processor time, so that a busy machine changes no grade. It is limited twice: a signal that
 raises in the worker, and, where the interpreter does not come back to look at it (one multiplication of huge integers
-may take minutes), the kernel's own end of the process half a second later. Nothing outlives the process that started
-the server: that one's end closes the sockets, and where a fork of it holds them open still, the server sees that it
-has another parent.
+may take minutes), the kernel's own end of the process a tenth of a second later. Nothing outlives the process that
+started the server: that one's end closes the sockets, and where a fork of it holds them open still, the server sees
+that it has another parent.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Expr, Integer, simplify
 
 PARENT_CHECK_MILLISECONDS = 500
-HARD_LIMIT_EXTRA_SECONDS = 0.5
+HARD_LIMIT_EXTRA_SECONDS = 0.1
 MEMORY_LIMIT_BYTES = 4 * 2**30
 """Of address space; what needs more is a MemoryError in the worker and a wrong answer."""
 

@@ -132,6 +132,10 @@ class Settings(SettingsModel):
     """file:// sources and code.path: true on one machine only."""
     queues: bool = True
     """Whether queueName is obeyed: false on one machine only, which has no queues."""
+    enforces_network_policies: bool = True
+    """Whether the cluster's network enforces NetworkPolicies, which alone keep others from a run's rollout servers."""
+    open_rollout_servers: bool = False
+    """Whether runs may have rollout servers although nobody is kept from them."""
     prepare_cpu: str = "2"
     """CPUs of prepare's pod, which holds no GPU."""
     prepare_memory: str = "16Gi"

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from posttrain.control.cache import Cache, RunKey
-from posttrain.control.kinds import CONFIG_MAP, POD, PYTORCHJOB, SERVICE_ACCOUNT, TRAINING_RUN, WORKLOAD, Kind
+from posttrain.control.kinds import (
+    CONFIG_MAP,
+    POD,
+    PYTORCHJOB,
+    SERVICE_ACCOUNT,
+    STATEFUL_SET,
+    TRAINING_RUN,
+    WORKLOAD,
+    Kind,
+)
 from posttrain.control.port import ObjectKey
 from posttrain.control.wakes import PROMPT_SECONDS
 from posttrain.plan.types import Manifest
@@ -262,6 +271,17 @@ def test_a_change_of_a_child_that_a_plan_may_act_upon_rings(change: dict[str, An
     assert bells.rung() == [DEMO]
 
 
+def test_a_server_that_answers_rings() -> None:
+    bells = Bells()
+    loading = {"name": "vllm", "ready": False, "state": {"running": {}}}
+    bells.cache.put(build(POD, version=10, status={"phase": "Running", "containerStatuses": [loading]}))
+    bells.rung()
+    answers = {**loading, "ready": True}
+    bells.cache.put(build(POD, version=11, status={"phase": "Running", "containerStatuses": [answers]}))
+
+    assert bells.rung() == [DEMO]
+
+
 def test_a_change_that_no_plan_reads_is_silent() -> None:
     bells = Bells()
     bells.cache.put(build(version=10))
@@ -300,6 +320,7 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True"}
         (build(PYTORCHJOB, status={"conditions": [{"type": "Running", "status": "True"}]}), True),
         (build(PYTORCHJOB, status={"conditions": [{"type": "Failed", "status": "True"}]}), False),
         (build(CONFIG_MAP), True),
+        (build(STATEFUL_SET), True),
         (build(WORKLOAD), False),
     ],
 )

@@ -16,6 +16,7 @@ from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, Signa
 from posttrain.contract.result import Result
 from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, PYTORCHJOB, WORKLOAD
 from posttrain.control.port import Rejected
+from posttrain.settings import Settings
 from tests.support.bench import Bench
 from tests.support.builders import GRPO, build_other_run, rfc3339
 
@@ -261,6 +262,52 @@ def scheduler_says(message: str) -> Happens:
     return pod_has(conditions=[condition])
 
 
+# --- What rollout servers say ----------------------------------------------------------------------------------------
+
+SERVED = {
+    "sft": None,
+    "grpo": {
+        "rewards": [{"name": "format"}],
+        "rollout": {"mode": "Server", "server": {"replicas": 2, "gpusPerNode": 0}},
+    },
+}
+
+
+def servers_load(bench: Bench, *, restarts: int = 0, ready: bool = False) -> None:
+    """Let the servers of a run be made, and each of them say the same."""
+    bench.submit(**SERVED)
+    bench.settle()
+    end = {"terminated": {"exitCode": 1, "reason": "Error", "message": "no memory for keys and values"}}
+    for name in bench.others.make_server_pods():
+        container = {"name": "vllm", "ready": ready, "restartCount": restarts, "lastState": end if restarts else {}}
+        conditions = [{"type": "Ready", "status": str(ready)}]
+        bench.others.set_pod_status(name, phase="Running", conditions=conditions, containerStatuses=[container])
+    bench.settle()
+
+
+def servers_answer(bench: Bench) -> None:
+    servers_load(bench, ready=True)
+
+
+def a_server_ends_again_and_again(bench: Bench) -> None:
+    servers_load(bench, restarts=2)
+
+
+def a_server_never_answers(bench: Bench) -> None:
+    servers_load(bench, restarts=5)
+
+
+def servers_wait_for_quota(bench: Bench) -> None:
+    bench.submit(**SERVED, resources=QUEUE)
+    bench.settle()
+
+
+def nobody_enforces_policies(bench: Bench) -> None:
+    bench.settings = Settings(enforces_network_policies=False)
+    bench.start()
+    bench.submit(**SERVED)
+
+
 # --- What Kueue answers ----------------------------------------------------------------------------------------------
 
 QUEUE = {"gpusPerNode": 0, "cpu": "2", "memory": "4Gi", "queueName": "team-a"}
@@ -319,21 +366,7 @@ def job_event(message: str) -> Happens:
     def happens(bench: Bench) -> None:
         bench.submit()
         bench.settle()
-        job = bench.others.job(1)
-        assert job is not None
-        about = {"kind": "PyTorchJob", "name": "demo-a1", "uid": job["metadata"]["uid"]}
-        bench.cluster.put(
-            {
-                "apiVersion": "v1",
-                "kind": "Event",
-                "metadata": {"name": "demo-a1.1", "namespace": "team"},
-                "involvedObject": about,
-                "type": "Warning",
-                "reason": "FailedCreatePod",
-                "message": message,
-                "lastTimestamp": rfc3339(bench.now),
-            }
-        )
+        bench.others.put_event(PYTORCHJOB, "demo-a1", reason="FailedCreatePod", message=message)
         bench.wait(60)
 
     return happens
@@ -410,6 +443,14 @@ CASES: list[tuple[str, Happens]] = [
     ("Preempted", evicted("Preempted")),
     ("QuotaLost", evicted("PodsReadyTimeout")),
     ("WorkloadDeactivated", evicted("Deactivated", active=False)),
+    # Rollout servers
+    ("NoServers", starts),
+    ("ServersWanted", servers_wait_for_quota),
+    ("Loading", servers_load),
+    ("ServersReady", servers_answer),
+    ("CrashLooping", a_server_ends_again_and_again),
+    ("CrashLooping", a_server_never_answers),
+    ("NetworkPolicyNotEnforced", nobody_enforces_policies),
     # Ends that the operator finds itself
     ("DeadlineExceeded", deadline_passes),
     ("PendingDeadlineExceeded", pending_deadline_passes),
@@ -444,7 +485,7 @@ CASES: list[tuple[str, Happens]] = [
             ("RankCrashed", 1), ("WorldSizeMismatch", 1), ("StrategyMismatch", 1), ("CheckpointCorrupt", 1),
             ("CheckpointUnusable", 2), ("StorageHoldsAnotherRun", 2), ("CodeImportFailed", 2), ("ConfigInvalid", 2),
             ("DiskFull", 1), ("NonFiniteLoss", 1), ("RewardFunctionFailed", 1), ("RolloutFunctionFailed", 2),
-            ("StaleRolloutWeights", 1), ("TrainingFailed", 1),
+            ("StaleRolloutWeights", 1), ("RolloutFailed", 1), ("ServerLost", 138), ("TrainingFailed", 1),
         )
     ),
     *(

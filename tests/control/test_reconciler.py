@@ -121,6 +121,7 @@ def test_a_run_goes_from_prepare_over_an_attempt_to_its_end_with_one_write_for_e
         ("Accepted", "True", "Accepted"),
         ("Prepared", "True", "Prepared"),
         ("QuotaReserved", "True", "NoQueue"),
+        ("ServerReady", "Unknown", "NoServers"),
         ("PodsReady", "False", "Completed"),
         ("Succeeded", "True", "Completed"),
         ("Finished", "True", "Completed"),

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster.cluster import TestCluster
 from tests.cluster.kwok import simulation
-from tests.support.cluster_runs import ClusterRun, message_of, reasons
+from tests.support.cluster_runs import ClusterRun, enforce_gpu_quota, message_of, reasons
 from tests.support.operator_process import OperatorProcess
 
 pytestmark = pytest.mark.integration
@@ -100,23 +100,8 @@ def test_a_node_that_failed_a_run_twice_is_avoided(cluster: TestCluster, run: Cl
     assert node_of(run, 3) == ["fake-3"]
 
 
-def build_quota(namespace: str, *, gpus: int) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "ResourceQuota",
-        "metadata": {"name": "gpus", "namespace": namespace},
-        "spec": {"hard": {"requests.nvidia.com/gpu": str(gpus)}},
-    }
-
-
 def test_a_quota_that_refuses_pods_is_told_in_its_words_and_waited_for(cluster: TestCluster, run: ClusterRun) -> None:
-    cluster.apply([build_quota(run.namespace, gpus=1)])
-    cluster.await_json(
-        *("resourcequota", "gpus", "--namespace", run.namespace),
-        until=lambda quota: (quota.get("status") or {}).get("hard"),
-        what="the quota to be in force",
-    )
-
+    enforce_gpu_quota(cluster, run.namespace, gpus=1)
     run.apply()
 
     waiting = run.await_status(lambda s: reasons(s)["PodsReady"][1] == "QuotaExceeded", what="the wait")
@@ -124,7 +109,7 @@ def test_a_quota_that_refuses_pods_is_told_in_its_words_and_waited_for(cluster: 
     assert message.startswith("1 of 2 pods cannot be created: pods ")
     assert "exceeded quota: gpus, requested: requests.nvidia.com/gpu=1, used: requests.nvidia.com/gpu=1" in message
     assert message in message_of(waiting, "Succeeded")
-    cluster.apply([build_quota(run.namespace, gpus=2)])
+    enforce_gpu_quota(cluster, run.namespace, gpus=2)
     run.await_status(lambda s: s.get("attemptRunningTime"), what="the gang running", seconds=NODE_SECONDS)
 
 

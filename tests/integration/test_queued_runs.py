@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ def make(kueue_cluster: TestCluster, kueue_namespace: str) -> Make:
     for claim in ("inputs", "shared"):
         add_claim(kueue_cluster, kueue_namespace, claim)
 
-    def apply(name: str, **resources: Any) -> ClusterRun:
+    def apply(name: str, *, spec: Mapping[str, Any] = {}, **resources: Any) -> ClusterRun:
         run = ClusterRun(kueue_cluster, kueue_namespace, name)
-        run.apply(resources={"numNodes": 2, "gpusPerNode": 1, "queueName": QUEUE, **resources})
+        run.apply(**spec, resources={"numNodes": 2, "gpusPerNode": 1, "queueName": QUEUE, **resources})
         return run
 
     return apply
@@ -77,10 +77,11 @@ def await_reason(run: ClusterRun, reason: str, *, said: str = "") -> dict[str, A
     )
 
 
-def await_no_pods(run: ClusterRun) -> None:
-    selector = f"posttrain.dev/run={run.name}"
+def await_no_pods(run: ClusterRun, **own_labels: str) -> None:
+    wanted = {"run": run.name, **own_labels}
     run.cluster.await_json(
-        *("pods", "--namespace", run.namespace, "--selector", selector),
+        *("pods", "--namespace", run.namespace),
+        *("--selector", ",".join(f"posttrain.dev/{name}={value}" for name, value in wanted.items())),
         until=lambda found: not found["items"],
         what=f"the pods of {run.name} to go",
     )
@@ -120,6 +121,32 @@ def test_a_run_waits_for_quota_is_preempted_resumes_and_finishes(
     assert ended["restarts"] == {"infrastructure": 0, "application": 0, "stepsLost": 0}
     assert ("Warning", "Preempted") in demo.events()
     kueue_cluster.kubectl("delete", "workloadpriorityclass", urgent)
+
+
+def test_of_two_runs_with_servers_in_a_queue_for_one_and_a_half_one_waits_and_holds_no_gpu(
+    kueue_cluster: TestCluster, kueue_namespace: str, make: Make
+) -> None:
+    with serve_queue(kueue_cluster, kueue_namespace, gpus=6):
+        first = make("first", spec=served(replicas=2), numNodes=2)
+        first.await_running()
+        sets = workload_of(first)["status"]["admission"]["podSetAssignments"]
+        assert [(part["name"], part["count"]) for part in sets] == [("trainer", 2), ("server", 2)]
+
+        second = make("second", spec=served(replicas=2), numNodes=2)
+        waiting = await_reason(second, "QuotaPending", said="insufficient unused quota for nvidia.com/gpu")
+        assert waiting["stage"] == "Queued"
+        await_no_pods(second)
+
+        first.complete()
+        second.await_running()
+        await_no_pods(first, role="server")
+        second.complete()
+
+
+def served(*, replicas: int) -> dict[str, Any]:
+    """Return what makes of a run one with servers of a GPU each."""
+    rollout = {"mode": "Server", "server": {"replicas": replicas, "gpusPerNode": 1, "cpu": "1", "memory": "1Gi"}}
+    return {"sft": None, "grpo": {"rewards": [{"name": "format"}], "rollout": rollout}}
 
 
 def test_a_killed_rank_costs_no_reservation_while_another_run_waits(queue: str, make: Make) -> None:

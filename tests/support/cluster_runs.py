@@ -20,6 +20,18 @@ WAIT_SECONDS = 90.0
 COMPLETED = Result(reason="Completed", message="trained", artifacts={"model": "pvc://shared/demo/model"})
 
 
+def enforce_gpu_quota(cluster: TestCluster, namespace: str, *, gpus: int) -> None:
+    """Let a namespace have pods of so many GPUs in all, from now on."""
+    hard = {"requests.nvidia.com/gpu": str(gpus)}
+    metadata = {"name": "gpus", "namespace": namespace}
+    cluster.apply([{"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata, "spec": {"hard": hard}}])
+    cluster.await_json(
+        *("resourcequota", "gpus", "--namespace", namespace),
+        until=lambda quota: (quota.get("status") or {}).get("hard") == hard,
+        what="the quota to be in force",
+    )
+
+
 class ClusterRun:
     """One run in a namespace."""
 
@@ -29,7 +41,10 @@ class ClusterRun:
         self.name = name
 
     def apply(self, **changes: Any) -> None:
-        """Make the run: two nodes with a GPU each, no prepare, the claim `shared`; `changes` replace fields of it."""
+        """Make the run: two nodes with a GPU each, no prepare, the claim `shared`.
+
+        `changes` replace fields of its spec, and None removes one.
+        """
         spec: dict[str, Any] = {
             "resources": {"numNodes": 2, "gpusPerNode": 1},
             "prepare": {"enabled": False},

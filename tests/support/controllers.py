@@ -15,7 +15,7 @@ from typing import Any
 from posttrain.api.training_run_status import Progress
 from posttrain.contract.facts import FactBody, FactsReport
 from posttrain.contract.result import Result
-from posttrain.control.kinds import DEPLOYMENT, JOB, POD, PYTORCHJOB, TRAINING_RUN, Kind
+from posttrain.control.kinds import DEPLOYMENT, EVENT, JOB, POD, PYTORCHJOB, STATEFUL_SET, TRAINING_RUN, Kind
 from posttrain.control.port import ObjectKey
 from posttrain.plan import labels
 from posttrain.plan.manifests import is_being_deleted, pod_phase
@@ -74,6 +74,16 @@ class Controllers:
                     if self.find(POD, name) is None:
                         self._make_pod(name, job, replicas["template"])
                         made.append(name)
+        return made
+
+    def make_server_pods(self) -> list[str]:
+        """Make the pods of the rollout servers that are wanted and not there; return their names."""
+        servers = self.find(STATEFUL_SET, f"{self._run}-server")
+        assert servers is not None, "the servers are wanted"
+        wanted = [f"{servers['metadata']['name']}-{index}" for index in range(servers["spec"]["replicas"])]
+        made = [name for name in wanted if self.find(POD, name) is None]
+        for name in made:
+            self._make_pod(name, servers, servers["spec"]["template"])
         return made
 
     def make_prepare_pod(self) -> str:
@@ -191,6 +201,23 @@ class Controllers:
         self.end_job(attempt, "Succeeded")
 
     # --- People ------------------------------------------------------------------------------------------------------
+
+    def put_event(self, kind: Kind, name: str, *, reason: str, message: str) -> None:
+        """Let its controller say something about an object."""
+        about = self.find(kind, name)
+        assert about is not None, f"{name} is there"
+        self._cluster.put(
+            {
+                "apiVersion": EVENT[0],
+                "kind": EVENT[1],
+                "metadata": {"name": f"{name}.1", "namespace": self._namespace},
+                "involvedObject": {"kind": kind[1], "name": name, "uid": about["metadata"]["uid"]},
+                "type": "Warning",
+                "reason": reason,
+                "message": message,
+                "lastTimestamp": rfc3339(self._clock()),
+            }
+        )
 
     def delete(self, kind: Kind, name: str) -> None:
         """Delete an object, and with it what it owns."""

@@ -162,6 +162,53 @@ def test_what_vllm_cannot_do_for_a_run_is_refused_with_what_can(
     assert said in found[path]
 
 
+SERVER = {"mode": "Server", "server": {}}
+BAD_SERVERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    ({"mode": "Server"}, {}, "spec.grpo.rollout.server", "write both or neither"),
+    ({"mode": "Colocate", "server": {}}, {}, "spec.grpo.rollout.server", "write both or neither"),
+    ({"mode": "Server", "server": {"gpusPerNode": 0}}, {}, "spec.grpo.rollout.server.gpusPerNode", "from GPU to GPU"),
+    (
+        {"mode": "Server", "server": {"tensorParallelSize": 2}},
+        {},
+        "spec.grpo.rollout.server.tensorParallelSize",
+        "a server has 1 GPUs: write at most 1",
+    ),
+    (
+        {"mode": "Server", "server": {"args": {"--Max_Num_Seqs": 8}}},
+        {},
+        "spec.grpo.rollout.server.args.--Max_Num_Seqs",
+        "write `max-num-seqs`",
+    ),
+    (
+        {"mode": "Server", "server": {"args": {"dtype": "half"}}},
+        {},
+        "spec.grpo.rollout.server.args.dtype",
+        "write spec.model.dtype",
+    ),
+    (
+        {"mode": "Server", "server": {"args": {"enable-prefix-caching": False}}},
+        {},
+        "spec.grpo.rollout.server.args.enable-prefix-caching",
+        "no-enable-prefix-caching",
+    ),
+    (
+        SERVER,
+        {"vllm_gpu_memory_utilization": 0.5},
+        "spec.grpo.args.vllm_gpu_memory_utilization",
+        "write gpu-memory-utilization into spec.grpo.rollout.server.args",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rollout", "args", "path", "said"), BAD_SERVERS, ids=[path for *_, path, _ in BAD_SERVERS])
+def test_what_servers_cannot_be_is_refused_with_what_they_can(
+    rollout: dict[str, Any], args: dict[str, Any], path: str, said: str
+) -> None:
+    found = problems_of(grpo={"rollout": rollout, "args": args})
+    assert list(found) == [path]
+    assert said in found[path]
+
+
 @pytest.mark.parametrize(
     ("rollout", "image"), [({}, "trainer"), ({"mode": "Transformers"}, "trainer"), (COLOCATE, "vllm")]
 )

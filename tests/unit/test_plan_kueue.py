@@ -173,7 +173,7 @@ def test_the_wait_begins_with_the_workload_and_anew_when_it_was_released() -> No
 
 
 def test_what_is_asked_for_is_read_back() -> None:
-    assert parse_workload(build_observed_workload(nodes=4)).ask == Ask(queue="team-a", nodes=4, profile="")
+    assert parse_workload(build_observed_workload(nodes=4)).ask == Ask(queue="team-a", pods=4, profile="")
 
 
 @pytest.mark.parametrize("reason", ["Inadmissible", "Misconfigured", "Suspended"])
@@ -207,7 +207,7 @@ def test_pods_go_where_flavors_and_admission_checks_say() -> None:
             RESERVED, ADMITTED, status={**admission("gpu", "cpu", "gpu"), "admissionChecks": checks}
         )
     )
-    assignment = build_assignment(state, flavors)
+    assignment = build_assignment(state, flavors, pod_set="trainer")
 
     assert assignment.node_selector == {"zone": "a", "pool": "gpu", "n": "1"}
     assert assignment.tolerations == (taint,)
@@ -393,6 +393,21 @@ def test_a_missing_flavor_is_waited_for() -> None:
     assert "PyTorchJob" in kinds(plan(run, observe(workload, flavors={"h100": {"metadata": {"name": "h100"}}})))
 
 
+SERVED = {
+    "sft": None,
+    "grpo": {"rewards": [{"name": "format"}], "rollout": {"mode": "Server", "server": {}}, "args": {"max_steps": 20}},
+}
+
+
+def test_rollout_servers_wait_for_a_missing_flavor_too() -> None:
+    run = queued(**SERVED)
+    workload = build_observed_workload(RESERVED, ADMITTED, nodes=2, status=admission("h100"))
+    flavor = {"h100": {"metadata": {"name": "h100"}}}
+
+    assert "StatefulSet" not in kinds(plan(run, observe(workload)))
+    assert "StatefulSet" in kinds(plan(run, observe(workload, flavors=flavor)))
+
+
 GONE = condition("QuotaReserved", "False", "Inadmissible", "LocalQueue team-a doesn't exist")
 LATE = evicted("PodsReadyTimeout", "too late")
 LIMIT = evicted("Deactivated", "deactivated due to exceeding the limit")
@@ -450,6 +465,16 @@ def test_without_kueue_a_gang_that_runs_goes_on() -> None:
     assert on.status is not None
     assert (on.status.attempt, on.status.stage) == (1, "Starting")
     assert says(on)[:2] == ("False", "KueueMissing")
+
+
+def test_without_kueue_a_gang_that_runs_keeps_its_rollout_servers() -> None:
+    held = build_observed_workload(RESERVED, ADMITTED, nodes=2)
+    servers = [m for m in plan(queued(**SERVED), observe(held)).objects if m["kind"] in ("StatefulSet", "ConfigMap")]
+    run = after(queued(**SERVED), observe(held, *servers, JOB, POD))
+    on = plan(run, observe(*servers, JOB, POD, kueue=False))
+
+    assert [ref.name for ref in on.deletes] == []
+    assert [m["metadata"]["name"] for m in on.objects if m["kind"] == "StatefulSet"] == ["demo-server"]
 
 
 def test_a_gang_that_ended_well_before_its_eviction_is_not_started_again() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain.plan.attempts import Gang
-from posttrain.plan.pods import explain_running, explain_waiting
+from posttrain.plan.pods import explain_running, explain_waiting, find_refusal
 from posttrain.plan.status import Says
 from posttrain.plan.types import Manifest
 from tests.support.builders import at, build_pod, rfc3339
@@ -41,15 +41,24 @@ def event(reason: str, message: str, *, seconds: float = 0, job: str = "demo-a1"
 def test_a_resource_quota_that_refuses_a_pod_is_named() -> None:
     refused = event("FailedCreatePod", f"Error creating: {OVER_QUOTA}")
 
-    assert explain_waiting(gang(build_pod("demo")), job_events=[refused]) == Says(
+    assert explain_waiting(gang(build_pod("demo")), creation_events=[refused]) == Says(
         "False", "QuotaExceeded", f"1 of 2 pods cannot be created: {OVER_QUOTA}"
+    )
+
+
+def test_a_refusal_of_a_servers_pod_is_told_without_the_words_of_its_controller() -> None:
+    told = f"Create Pod demo-server-1 in StatefulSet demo-server failed error: {OVER_QUOTA}"
+    events = [event("FailedCreate", told, job="demo-server"), event("FailedCreatePod", "another")]
+
+    assert find_refusal(events, of="demo-server", missing=1, size=3) == Says(
+        "False", "QuotaExceeded", f"1 of 3 pods cannot be created: {OVER_QUOTA}"
     )
 
 
 def test_any_other_refusal_is_told_in_the_words_of_the_api_server() -> None:
     refused = event("FailedCreatePod", "Error creating: violates PodSecurity")
 
-    assert explain_waiting(gang(), job_events=[refused]) == Says(
+    assert explain_waiting(gang(), creation_events=[refused]) == Says(
         "False", "PodsNotCreated", "2 of 2 pods cannot be created: violates PodSecurity"
     )
 
@@ -58,20 +67,20 @@ def test_the_refusal_seen_last_counts() -> None:
     old = event("FailedCreatePod", "old", seconds=5)
     new = event("FailedCreatePod", "new", seconds=1, series={"lastObservedTime": "2026-03-01T09:00:09.123456Z"})
 
-    assert explain_waiting(gang(), job_events=[old, new]).message.endswith("new")
-    assert explain_waiting(gang(), job_events=[new, old]).message.endswith("new")
+    assert explain_waiting(gang(), creation_events=[old, new]).message.endswith("new")
+    assert explain_waiting(gang(), creation_events=[new, old]).message.endswith("new")
 
 
 def test_a_refusal_counts_only_while_a_pod_is_missing() -> None:
     pods = build_pod("demo"), build_pod("demo", node=1, phase="Pending")
 
-    assert explain_waiting(gang(*pods), job_events=[event("FailedCreatePod", OVER_QUOTA)]).reason == "PodsStarting"
+    assert explain_waiting(gang(*pods), creation_events=[event("FailedCreatePod", OVER_QUOTA)]).reason == "PodsStarting"
 
 
 def test_events_of_another_attempt_or_of_success_say_nothing() -> None:
     events = [event("FailedCreatePod", OVER_QUOTA, job="demo-a2"), event("SuccessfulCreatePod", "Created pod")]
 
-    assert explain_waiting(gang(), job_events=events).reason == "PodsStarting"
+    assert explain_waiting(gang(), creation_events=events).reason == "PodsStarting"
 
 
 def silent(pod: Manifest) -> Manifest:

@@ -337,7 +337,7 @@ class World:
             assert workload is not None
             assert workload.admitted
             replicas = made[0]["spec"]["pytorchReplicaSpecs"].values()
-            assert workload.ask.nodes == sum(replica["replicas"] for replica in replicas)
+            assert workload.ask.pods == sum(replica["replicas"] for replica in replicas)
             assert workload.ask.queue == self.run.spec.resources.queue_name
 
     def quota_is_given_back_only_when_nothing_uses_it(self) -> None:

@@ -20,8 +20,8 @@ def test_every_failure_says_what_to_do_or_needs_nothing() -> None:
     nothing_to_do = {
         "Pending", "InProgress", "Accepted", "Preparing", "Prepared", "PrepareDisabled", "DryRun", "PodsStarting",
         "AllPodsRunning", "Restarting", "Completed", "Terminated", "PodDeleted", "NodeLost", "Evicted", "JobDeleted",
-        "DatasetEmpty", "StrategyMismatch", "NoQueue", "QuotaReserved", "SandboxStarting",
-        "SignalHealthy",
+        "DatasetEmpty", "StrategyMismatch", "NoQueue", "QuotaReserved", "NoServers", "ServersWanted", "Loading",
+        "ServersReady", "SandboxStarting", "SignalHealthy",
     }  # fmt: skip
     without = {name for name, reason in REASONS.items() if not reason.advice}
 

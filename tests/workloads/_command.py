@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,23 @@ class Command:
     def logs(self) -> str:
         return "\n".join(f"{file}:\n{file.read_text()[-3000:]}" for file in sorted(self.run_folder.logs.glob("*.log")))
 
+    def wait_for(self, look: Callable[[], object], *, what: str) -> None:
+        """Wait for what happens while it runs."""
+
+        def found() -> object:
+            ended = self.process is None or self.process.poll() is not None
+            seen = look()
+            assert seen or not ended, f"it ended before {what}:\n{self.wait()[1]}\n{self.logs()}"
+            return seen
+
+        wait_for(found, what=f"{what}: {self.run_folder.path}", seconds=self.wait_seconds)
+
     def wait_for_checkpoint(self, step: int) -> None:
         marker = self.run_folder.storage / f"checkpoint-{step}" / ".posttrain-complete.json"
-        wait_for(marker.exists, what=f"checkpoint {step}: {self.run_folder.path}", seconds=WAIT_SECONDS)
+        self.wait_for(marker.exists, what=f"checkpoint {step}")
 
-    def processes(self, *, rank: int | None = None) -> list[int]:
-        """Return the living processes of its pods, or only those of a rank, which their environment tells."""
+    def processes(self, *, rank: int | None = None, pod: str | None = None) -> list[int]:
+        """Return the living processes of its pods, or only those of a rank or a pod, which their environment tells."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -93,7 +105,9 @@ class Command:
                 continue
             variables = environment.split(b"\0")
             ours = f"={self.run_folder.pods}/".encode() in environment
-            if ours and (rank is None or (f"RANK={rank}".encode() in variables and b"LOCAL_RANK=" in environment)):
+            of_rank = rank is None or (f"RANK={rank}".encode() in variables and b"LOCAL_RANK=" in environment)
+            of_pod = pod is None or f"POSTTRAIN_POD_NAME={pod}".encode() in variables
+            if ours and of_rank and of_pod:
                 found.append(int(process.name))
         return found
 

@@ -165,7 +165,7 @@ def rejoin(*, model: str, servers: list[str], port: int, pid: int) -> dict[str, 
 def refuse(*, servers: list[str]) -> dict[str, str]:
     """Tell what is said to a server that is not there, and to a list that names one twice."""
     from posttrain_workloads.rollout_client import RolloutClient
-    from posttrain_workloads.rollout_server import RolloutError
+    from posttrain_workloads.rollout_errors import RolloutError
 
     told = {}
     for name, urls in {"closed": "http://127.0.0.1:9", "twice": f"{servers[0]},{servers[0]}/"}.items():

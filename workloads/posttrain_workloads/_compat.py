@@ -115,9 +115,16 @@ def newest_completions(trainer: Any, *, count: int) -> Completions:
         completions=last(kept["completion"]),
         rewards={name: last(values) for name, values in kept["rewards"].items()},
         advantages=last(kept["advantages"]),
-        # An engine inside the trainer gets the weights of the step that begins, where it has not had them yet.
-        weights=[f"step-{trainer._last_loaded_step}"] * count if trainer.use_vllm else None,
+        weights=_newest_weights(trainer, count=count) if trainer.use_vllm else None,
     )
+
+
+def _newest_weights(trainer: Any, *, count: int) -> list[str]:
+    """Return the version of the weights that each of the last `count` completions is from."""
+    if trainer.vllm_mode == "server":
+        return [trainer.vllm_generation.vllm_client.version] * count  # a server that has others is not asked
+    # An engine inside the trainer gets the weights of the step that begins, where it has not had them yet.
+    return [f"step-{trainer._last_loaded_step}"] * count
 
 
 def tokenize_prompts(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:

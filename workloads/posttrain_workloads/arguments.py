@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig, SFTConfig
 
 CHECKPOINT_STEPS_MAX = 500
+SERVER_SECONDS = 3600.0
 _TRACKERS = {"WandB": "wandb", "Trackio": "trackio", "MLflow": "mlflow", "TensorBoard": "tensorboard"}
 
 
@@ -49,6 +50,11 @@ def owned_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict[st
             "use_vllm": mode != "Transformers",
             **({"vllm_mode": mode.lower()} if mode != "Transformers" else {}),
         }
+        if mode == "Server":
+            # A server that was restarted loads its model again, however large it is, before it joins.
+            owned |= {"vllm_server_timeout": SERVER_SECONDS}
+            if environment.ROLLOUT_SERVERS in environ:  # not where prepare builds the same arguments
+                owned["vllm_server_base_url"] = environ[environment.ROLLOUT_SERVERS]
     if spec.tracking.project is not None:
         owned["project"] = spec.tracking.project
     return owned

@@ -27,8 +27,10 @@ from vllm.distributed.weight_transfer.nccl_common import trainer_init
 from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
 from posttrain_workloads.rollout_engine import BROADCAST_SECONDS, JOIN_SECONDS, GlooGroup
+from posttrain_workloads.rollout_errors import RolloutError, ServerLost
+from posttrain_workloads.rollout_hand_over import abandon_hand_over, begin_hand_over
 from posttrain_workloads.rollout_plugin import GLOO
-from posttrain_workloads.rollout_server import ANSWER_SECONDS, RolloutError, RolloutServer, ServerLost
+from posttrain_workloads.rollout_server import ANSWER_SECONDS, RolloutServer
 
 _NCCL = "nccl"
 _UPDATE_SECONDS = 1800.0
@@ -226,7 +228,7 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
             _log.warning("a rollout server was restarted: the group for weights is opened anew")
             self._open_group()
         self.version = f"{self._next_version()}-incomplete"  # which no server has: nothing is sampled from a half
-        self._ask_each("/start_weight_update", {})
+        self._each(begin_hand_over)
 
     def _finish_weight_update(self) -> None:
         version = self._next_version()
@@ -242,6 +244,7 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
 
     def _open_group(self) -> None:
         self.close_communicator()
+        self._each(abandon_hand_over)
         sizes: list[int] = self._each(RolloutServer.get_world_size)
         group = {
             "master_address": _address_towards(self.servers[0]),

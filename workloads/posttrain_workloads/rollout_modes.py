@@ -1,7 +1,7 @@
 """Rollouts by vLLM: what the trainer that is built next is given for the mode that the spec asks for.
 
-It owns how TRL's trainer comes to its engine, and what watches over its weights; it must not import vLLM where the
-trainer's own model generates.
+It owns how TRL's trainer comes to its engine or its servers, and what watches over their weights; it must not import
+vLLM where the trainer's own model generates.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def set_up_rollouts(config: TrainingConfig, args: GRPOConfig, *, model: Any, tok
     if config.spec.grpo.rollout.mode == "Transformers":
         return []
     on_cpus = config.gang.gpus_per_node == 0
-    for name, value in {**_VARIABLES, **(_ON_CPUS if on_cpus else {})}.items():
+    for name, value in vllm_environment(config).items():
         os.environ.setdefault(name, value)
     from posttrain_workloads import _compat
     from posttrain_workloads.rollout_check import RolloutCheck, bound_for
@@ -43,8 +43,16 @@ def set_up_rollouts(config: TrainingConfig, args: GRPOConfig, *, model: Any, tok
         stop = [*given.get("stop_token_ids", ()), tokenizer.eos_token_id]
         args.generation_kwargs = {**given, "stop_token_ids": stop}
     dtype = compute_dtype(args, model)
-    _compat.use_colocated_engine(dtype=dtype, eager=on_cpus)
+    if config.spec.grpo.rollout.mode == "Server":
+        _compat.use_rollout_client()
+    else:
+        _compat.use_colocated_engine(dtype=dtype, eager=on_cpus)
     return [RolloutCheck(bound_for(dtype))]
+
+
+def vllm_environment(config: TrainingConfig) -> dict[str, str]:
+    """Return the variables that vLLM is to have where the pod does not say otherwise."""
+    return {**_VARIABLES, **(_ON_CPUS if config.gang.gpus_per_node == 0 else {})}
 
 
 def compute_dtype(args: GRPOConfig, model: Any) -> str:

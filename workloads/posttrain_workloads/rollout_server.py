@@ -14,22 +14,15 @@ from requests.adapters import HTTPAdapter
 from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
 
+from posttrain.contract.environment import ROLLOUT_KEY
+from posttrain_workloads.rollout_errors import RolloutError, ServerLost
+
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
 """For a request that a healthy server answers at once."""
 ROLLOUT_SECONDS = 3600.0
 """For a batch of completions."""
 _READY_POLL_SECONDS = 1.0
-_API_KEY = "VLLM_API_KEY"
-"""vLLM's own variable: the servers ask for the key that stands in it."""
-
-
-class RolloutError(Exception):
-    """The rollout servers cannot do what was asked of them; the message names the server and the likely cause."""
-
-
-class ServerLost(RolloutError):
-    """A server does not answer, or lost what it had been given. It may be back after a restart."""
 
 
 class RolloutServer(VLLMClient):  # type: ignore[misc]
@@ -41,7 +34,7 @@ class RolloutServer(VLLMClient):  # type: ignore[misc]
         self.session = requests.Session()
         # A request that never reached the server is repeated, and no other.
         self.session.mount("http://", HTTPAdapter(max_retries=Retry(total=0, connect=2, backoff_factor=0.5)))
-        if key := os.environ.get(_API_KEY):
+        if key := os.environ.get(ROLLOUT_KEY):
             self.session.headers["Authorization"] = f"Bearer {key}"
 
     def await_ready(self, deadline: float) -> None:
@@ -60,9 +53,12 @@ class RolloutServer(VLLMClient):  # type: ignore[misc]
                     raise
                 time.sleep(_READY_POLL_SECONDS)
 
-    def weight_version(self) -> str:
-        """Return the version that was handed over to it last; a server that has just started has another one."""
-        return str(self.ask("GET", "/weight_info", ANSWER_SECONDS).json()["weight_version"])
+    def weight_version(self, seconds: float = ANSWER_SECONDS) -> str:
+        """Return the version that was handed over to it last; a server that has just started has another one.
+
+        While it waits for a tensor it does not answer.
+        """
+        return str(self.ask("GET", "/weight_info", seconds).json()["weight_version"])
 
     def get_server_info(self) -> dict[str, Any]:
         """Return the server's resolved configuration."""
@@ -103,12 +99,17 @@ class RolloutServer(VLLMClient):  # type: ignore[misc]
                 "in the trainer's version of vLLM"
             )
         if answer.status_code == 401:
-            raise RolloutError(f"the rollout server {self.base_url} refused the key in ${_API_KEY}: give both the same")
+            raise RolloutError(
+                f"the rollout server {self.base_url} refused the key in ${ROLLOUT_KEY}: give both the same"
+            )
         if answer.status_code != 200:
             message = (
                 f"the rollout server {self.base_url} answered {asked} with {answer.status_code}: {answer.text[:500]}"
             )
-            raise ServerLost(f"{message}; its log says more") if answer.status_code >= 500 else RolloutError(message)
+            if answer.status_code < 500:
+                raise RolloutError(message)
+            self.session.close()  # the server leaves a connection on which it failed
+            raise ServerLost(f"{message}; its log says more")
         return answer
 
     # What the inherited methods ask through.

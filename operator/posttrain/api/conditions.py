@@ -16,6 +16,7 @@ ConditionStatus = Literal["True", "False", "Unknown"]
 ACCEPTED = "Accepted"
 PREPARED = "Prepared"
 QUOTA_RESERVED = "QuotaReserved"
+SERVER_READY = "ServerReady"
 PODS_READY = "PodsReady"
 SUCCEEDED = "Succeeded"
 FINISHED = "Finished"
@@ -23,7 +24,17 @@ READY = "Ready"
 STALLED = "Stalled"
 SIGNAL_HEALTHY = "SignalHealthy"
 
-TRAINING_RUN_CONDITIONS = (ACCEPTED, PREPARED, QUOTA_RESERVED, PODS_READY, SUCCEEDED, FINISHED, READY, STALLED)
+TRAINING_RUN_CONDITIONS = (
+    ACCEPTED,
+    PREPARED,
+    QUOTA_RESERVED,
+    SERVER_READY,
+    PODS_READY,
+    SUCCEEDED,
+    FINISHED,
+    READY,
+    STALLED,
+)
 """Every condition of a TrainingRun, in the order in which they are shown; all are present from the first plan."""
 
 GRPO_CONDITIONS = (*TRAINING_RUN_CONDITIONS, SIGNAL_HEALTHY)

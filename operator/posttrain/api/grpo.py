@@ -11,6 +11,7 @@ from pydantic import Field, StringConstraints
 
 from posttrain.api.base import ApiModel, Decimal, Distinct, JsonObject, ShortText
 from posttrain.api.rules import Rule
+from posttrain.api.servers import RolloutServers
 from posttrain.api.shapes import EntryPoint
 from posttrain.api.signal import Signal
 
@@ -112,12 +113,28 @@ class Sandbox(ApiModel):
 class Rollout(ApiModel):
     """How completions are generated."""
 
-    mode: Literal["Transformers", "Colocate"] = Field(
+    mode: Literal["Transformers", "Colocate", "Server"] = Field(
         default="Transformers",
         description="Transformers: the trainer's own model generates, by transformers. Colocate: vLLM generates, "
         "inside each rank and on its GPU, and gets the weights after each step; the `vllm_` keys of `args` set it up, "
-        "and the image is `vllm`. Default: Transformers.",
+        "and the image is `vllm`. Server: vLLM generates in servers of its own, which `server` describes. Default: "
+        "Transformers.",
         examples=["Colocate"],
+    )
+    server: RolloutServers | None = Field(
+        default=None,
+        description="The servers of mode Server. They start before the gang, live over its restarts, and end with the "
+        "run, its suspension and the loss of its quota, of which they have a part.",
+        examples=[{"replicas": 2, "gpusPerNode": 4}],
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="server",
+            message="server describes the servers of mode Server: write both or neither",
+            cel="(has(self.mode) && self.mode == 'Server') == has(self.server)",
+            holds=lambda rollout: (rollout["mode"] == "Server") == ("server" in rollout),
+        ),
     )
 
 

@@ -40,6 +40,16 @@ _CATALOGUE = (
         "minutes (a toleration of node.kubernetes.io/unreachable in spec.podOverrides sets another time), and the "
         "run restarts elsewhere.",
     ),
+    Reason(name="NoServers", message="The run has no servers beside its gang."),
+    Reason(name="ServersWanted", message="The rollout servers are made once there is quota for them."),
+    Reason(name="Loading", message="The rollout servers are loading the model."),
+    Reason(name="ServersReady", message="Every rollout server answers."),
+    Reason(
+        name="CrashLooping",
+        message="A rollout server ends again and again.",
+        advice="The message has its last words. Mend what they name in spec.grpo.rollout.server: often it is memory, "
+        "for which there are maxModelLength and args.gpu-memory-utilization.",
+    ),
     Reason(name="Restarting", message="The gang is being restarted."),
     Reason(
         name="Suspended",
@@ -58,6 +68,12 @@ _CATALOGUE = (
         name="SpecChanged",
         message="The spec is not the one this run was accepted with.",
         advice="Give the changed run another name, or delete this one first.",
+    ),
+    Reason(
+        name="NetworkPolicyNotEnforced",
+        message="Rollout servers take weights from everybody who reaches them, and nobody is kept from it here.",
+        advice="Take spec.grpo.rollout.mode: Colocate; or have a network that enforces NetworkPolicies, or the risk "
+        "accepted (openRolloutServers), in the platform's settings.",
     ),
     Reason(
         name="NameConflict",
@@ -269,7 +285,8 @@ _CATALOGUE = (
     ),
     Reason(
         name="PendingDeadlineExceeded",
-        message="The gang waited longer than spec.pendingDeadlineSeconds for its quota, its sandbox and its pods.",
+        message="The gang waited longer than spec.pendingDeadlineSeconds for its quota, its sandbox and rollout "
+        "servers, and its pods.",
         advice="Ask for less, or raise the deadline.",
     ),
     Reason(
@@ -323,6 +340,17 @@ _CATALOGUE = (
         message="vLLM generated with other weights than those that are trained.",
         advice="At the first step vLLM computes otherwise than the trainer does: set spec.model.dtype, or take "
         "spec.grpo.rollout.mode: Transformers. At a later one weights were lost on the way: the log says more.",
+    ),
+    Reason(
+        name="RolloutFailed",
+        message="A rollout server refused what the trainer asked of it.",
+        advice="The message has the server's words. An option in spec.grpo.rollout.server.args may be the cause.",
+    ),
+    Reason(
+        name="ServerLost",
+        message="The rollout servers do not answer any more.",
+        advice="The gang restarts on its infrastructure budget, and a server by itself. If it happens again, the end "
+        "of the server's log says why: often memory, for which there are gpu-memory-utilization and maxModelLength.",
     ),
     Reason(
         name="NonFiniteLoss",

@@ -9,11 +9,20 @@ from collections.abc import Iterator
 
 from posttrain.api.grpo import Grpo
 from posttrain.api.methods import Path, args_path, table_of
+from posttrain.api.servers import RolloutServers, find_option_problems
 from posttrain.api.training_run import TrainingRunSpec
 
 _ARGS = args_path("grpo")
 _MODE = "spec.grpo.rollout.mode"
 _VLLM = "vllm_"
+_SERVER = ("spec", "grpo", "rollout", "server")
+_OF_ENGINE = {
+    "vllm_enable_sleep_mode": "leave it out",
+    "vllm_gpu_memory_utilization": "write gpu-memory-utilization into spec.grpo.rollout.server.args",
+    "vllm_max_model_length": "write spec.grpo.rollout.server.maxModelLength",
+    "vllm_model_impl": "write model-impl into spec.grpo.rollout.server.args",
+    "vllm_tensor_parallel_size": "write spec.grpo.rollout.server.tensorParallelSize",
+}
 _OF_TRANSFORMERS = (
     "cache_implementation",
     "transformers_continuous_batching_config",
@@ -33,7 +42,8 @@ def find_rollout_problems(spec: TrainingRunSpec) -> list[tuple[Path, str]]:
             f"write {_MODE}: Colocate, or leave the key out"
         )
         return [((*_ARGS, key), message) for key in grpo.args if key.startswith(_VLLM)]
-    return [*_unread(grpo), *_vespo(grpo), *_model(spec), *_engine(spec, grpo)]
+    where = _engine(spec, grpo) if grpo.rollout.server is None else _servers(spec, grpo, grpo.rollout.server)
+    return [*_unread(grpo), *_vespo(grpo), *_model(spec), *where]
 
 
 def _unread(grpo: Grpo) -> Iterator[tuple[Path, str]]:
@@ -80,6 +90,24 @@ def _engine(spec: TrainingRunSpec, grpo: Grpo) -> Iterator[tuple[Path, str]]:
     if isinstance(share, int | float) and not 0 < share <= 1:
         message = f"{share:g} is no share of a GPU's memory: write a number above 0, and at most 1"
         yield (*_ARGS, "vllm_gpu_memory_utilization"), message
+
+
+def _servers(spec: TrainingRunSpec, grpo: Grpo, servers: RolloutServers) -> Iterator[tuple[Path, str]]:
+    """What servers cannot do, and arguments that an engine inside the trainer would read."""
+    for key in grpo.args:
+        if key in _OF_ENGINE:
+            yield (*_ARGS, key), f"is for an engine inside the trainer, and this run has servers: {_OF_ENGINE[key]}"
+    for option, message in find_option_problems(servers):
+        yield (*_SERVER, "args", option), message
+    if bool(servers.gpus_per_node) != bool(spec.resources.gpus_per_node):
+        message = (
+            f"is {servers.gpus_per_node}, and spec.resources.gpusPerNode is {spec.resources.gpus_per_node}: weights "
+            "travel from GPU to GPU, or from CPU to CPU"
+        )
+        yield (*_SERVER, "gpusPerNode"), message
+    size, gpus = servers.engine_size, servers.gpus_per_node
+    if size > max(gpus, 1):
+        yield (*_SERVER, "tensorParallelSize"), f"is {size}, and a server has {gpus} GPUs: write at most {max(gpus, 1)}"
 
 
 def _value(grpo: Grpo, key: str) -> object:

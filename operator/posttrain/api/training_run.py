@@ -24,6 +24,7 @@ from posttrain.api.base import (
 from posttrain.api.grpo import Grpo, Sandbox
 from posttrain.api.rewards import REWARDS
 from posttrain.api.rules import Rule
+from posttrain.api.servers import RolloutServers
 from posttrain.api.shapes import (
     Access,
     Callback,
@@ -210,7 +211,7 @@ class TrainingRunSpec(ApiModel):
         ge=1,
         le=2**31 - 1,
         description="Seconds that a gang may wait before the run fails: for its quota, from when it is asked for it "
-        "(and again after a preemption), for its sandbox and for its pods. Default: none.",
+        "(and again after a preemption), for its sandbox and rollout servers, and for its pods. Default: none.",
         examples=[7200],
     )
     ttl_seconds_after_finished: int | None = Field(
@@ -329,6 +330,18 @@ class TrainingRunSpec(ApiModel):
         training = self.sft or self.grpo
         assert training is not None  # by the first of the rules
         return training
+
+    @property
+    def rollout_servers(self) -> RolloutServers | None:
+        """The servers that generate its completions, where it has any."""
+        return self.grpo.rollout.server if self.grpo is not None else None
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the gang and of its servers."""
+        servers = self.rollout_servers
+        beside = servers.replicas * servers.gpus_per_node if servers is not None else 0
+        return self.resources.num_nodes * self.resources.gpus_per_node + beside
 
     @property
     def used_sandbox(self) -> Sandbox | None:

@@ -325,7 +325,7 @@ class TrainingRunStatus(StatusModel):
     completion_time: Time | None = None
     """When the run ended."""
     attempt_queued_time: Time | None = None
-    """Since when the attempt waits for quota, or for its sandbox, or waited."""
+    """Since when the attempt waits for quota, for its sandbox or for its rollout servers, or waited."""
     attempt_created_time: Time | None = None
     """When the attempt's gang was made."""
     attempt_running_time: Time | None = None

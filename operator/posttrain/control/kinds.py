@@ -17,9 +17,11 @@ POD: Kind = ("v1", "Pod")
 CONFIG_MAP: Kind = ("v1", "ConfigMap")
 SERVICE_ACCOUNT: Kind = ("v1", "ServiceAccount")
 CLAIM: Kind = ("v1", "PersistentVolumeClaim")
-EVENT: Kind = ("v1", "Event")
+SECRET: Kind = ("v1", "Secret")
 SERVICE: Kind = ("v1", "Service")
+EVENT: Kind = ("v1", "Event")
 DEPLOYMENT: Kind = ("apps/v1", "Deployment")
+STATEFUL_SET: Kind = ("apps/v1", "StatefulSet")
 NETWORK_POLICY: Kind = ("networking.k8s.io/v1", "NetworkPolicy")
 JOB: Kind = ("batch/v1", "Job")
 PYTORCHJOB: Kind = ("kubeflow.org/v1", "PyTorchJob")
@@ -35,9 +37,11 @@ PLURALS: dict[Kind, str] = {
     CONFIG_MAP: "configmaps",
     SERVICE_ACCOUNT: "serviceaccounts",
     CLAIM: "persistentvolumeclaims",
-    EVENT: "events",
+    SECRET: "secrets",
     SERVICE: "services",
+    EVENT: "events",
     DEPLOYMENT: "deployments",
+    STATEFUL_SET: "statefulsets",
     NETWORK_POLICY: "networkpolicies",
     JOB: "jobs",
     PYTORCHJOB: "pytorchjobs",
@@ -49,9 +53,22 @@ PLURALS: dict[Kind, str] = {
 }
 
 CHILDREN: tuple[Kind, ...] = (
-    *(PYTORCHJOB, JOB, DEPLOYMENT, POD, CONFIG_MAP, SERVICE_ACCOUNT, CLAIM, SERVICE, NETWORK_POLICY, WORKLOAD),
+    PYTORCHJOB,
+    JOB,
+    DEPLOYMENT,
+    STATEFUL_SET,
+    POD,
+    CONFIG_MAP,
+    SERVICE_ACCOUNT,
+    CLAIM,
+    SERVICE,
+    NETWORK_POLICY,
+    WORKLOAD,
 )
-"""What plans create, and the pods of it: watched by the label that all of them carry. Kueue need not be installed."""
+"""What plans create, and the pods of it: watched by the label that all of them carry. Kueue need not be installed.
+
+But for a Secret, which is created and never looked at.
+"""
 
 
 def resource_path(kind: Kind, *, namespace: str = "", name: str = "", subresource: str = "") -> str:

@@ -6,6 +6,7 @@ is the plan's. What is kept in memory, objects that stand in the way, is found a
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,7 +22,7 @@ from posttrain.control.authority import Authority, ForeignAuthority
 from posttrain.control.cache import Cache, RunKey
 from posttrain.control.drift import has_drifted
 from posttrain.control.events import build_event
-from posttrain.control.kinds import CONFIG_MAP, EVENT, POD, PYTORCHJOB, TRAINING_RUN, WORKLOAD
+from posttrain.control.kinds import CONFIG_MAP, EVENT, POD, PYTORCHJOB, SECRET, TRAINING_RUN, WORKLOAD
 from posttrain.control.observe import Belongings, is_of_run, sort_belongings
 from posttrain.control.port import (
     MANAGER,
@@ -38,9 +39,10 @@ from posttrain.control.wakes import MADE_SECONDS
 from posttrain.errors import InvalidResource, Problem
 from posttrain.plan import labels, names
 from posttrain.plan.kueue import parse_workload, workload_ref
-from posttrain.plan.manifests import is_live, is_of_attempt, parse_time
+from posttrain.plan.manifests import is_live, is_of_attempt, parse_time, pods_of_role
 from posttrain.plan.pytorchjob import job_ref, parse_job_state
 from posttrain.plan.references import has_ended
+from posttrain.plan.rollout_servers import servers_ref
 from posttrain.plan.training_run import plan_training_run
 from posttrain.plan.types import Event, Manifest, ObjectRef, Observed, Plan, StatusPatch
 from posttrain.plan.unreadable import status_of_unreadable
@@ -54,7 +56,7 @@ _FLAVOR_SECONDS = 5.0
 """A run that waits for a flavor holds its quota all the while."""
 _PREDECESSOR_SECONDS = 2.0
 _PATIENCE = timedelta(seconds=30)
-"""How long a job may take to make its pods before its events are asked why."""
+"""How long a job or a StatefulSet may take to make its pods before its events are asked why."""
 
 log = structlog.get_logger(__name__)
 
@@ -150,7 +152,8 @@ class Reconciler:
             config_maps=await self._own_code(run, belongings),
             runs=self._referenced_runs(run),
             referrers=self._live_referrers(run),
-            job_events=await self._job_events(run, belongings),
+            creation_events=await self._creation_events(run, belongings),
+            server_key=secrets.token_urlsafe(32),
             kueue=self._cache.is_served(WORKLOAD),
             flavors=await self._queues.flavors(_flavors_of(run, belongings)),
             priorities=await self._queues.priorities(_priority_classes_of(run)),
@@ -168,13 +171,13 @@ class Reconciler:
         found = ((name, self._cache.get(ObjectKey(*TRAINING_RUN, namespace, name))) for namespace, name in keys)
         return tuple(name for name, other in found if other is not None and not has_ended(other))
 
-    async def _job_events(self, run: TrainingRun, belongings: Belongings) -> tuple[Manifest, ...]:
-        """Return the events of a job whose pods are not made: only there does the training operator say why."""
-        job = _job_without_pods(run, belongings)
-        if job is None or self._clock() - _created(job) < _PATIENCE:
+    async def _creation_events(self, run: TrainingRun, belongings: Belongings) -> tuple[Manifest, ...]:
+        """Return the events of what does not make its pods: only there does its controller say why."""
+        maker = _maker_without_pods(run, belongings)
+        if maker is None or self._clock() - _created(maker) < _PATIENCE:
             return ()
         found = await self._cluster.list(
-            *EVENT, namespace=run.metadata.namespace, field_selector=f"involvedObject.uid={job['metadata']['uid']}"
+            *EVENT, namespace=run.metadata.namespace, field_selector=f"involvedObject.uid={maker['metadata']['uid']}"
         )
         return tuple(found.items)
 
@@ -252,12 +255,15 @@ class Reconciler:
         try:
             made = await self._cluster.create(wanted)
         except AlreadyExists:
-            await self._find(wanted, run, obstacles)
+            # Nobody else's bears a Secret's name, and the operator may not look at one.
+            if (ref.api_version, ref.kind) != SECRET:
+                await self._find(wanted, run, obstacles)
         except (Rejected, NotFound) as error:
             # Not found: what it belongs to, its kind among it, is not there.
             obstacles.rejected[ref] = str(error)
         else:
-            self._cache.put(made, own=True)
+            if (ref.api_version, ref.kind) != SECRET:
+                self._cache.put(made, own=True)
             log.info("created", run=_name(run), kind=ref.kind, name=ref.name)
 
     async def _find(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
@@ -392,19 +398,22 @@ def _look_again(
     reference = _reference_seconds(run, plan, belongings)
     if reference is not None:
         waits.append(reference)
-    if _job_without_pods(run, belongings) is not None:
+    if _maker_without_pods(run, belongings) is not None:
         waits.append(_PATIENCE.total_seconds())
     return min(waits, default=None)
 
 
-def _job_without_pods(run: TrainingRun, belongings: Belongings) -> Manifest | None:
-    """Return the job of the current attempt, where not all of its pods are there."""
+def _maker_without_pods(run: TrainingRun, belongings: Belongings) -> Manifest | None:
+    """Return the job of the current attempt, else the rollout servers, where not all of their pods are there."""
     attempt = run.status.attempt or 0
     job = belongings.objects.get(job_ref(run.metadata.name, attempt=attempt))
     pods = sum(1 for pod in belongings.pods if is_of_attempt(pod, attempt))
-    if job is None or pods >= run.spec.resources.num_nodes or parse_job_state(job).phase != "Pending":
+    if job is not None and pods < run.spec.resources.num_nodes and parse_job_state(job).phase == "Pending":
+        return job
+    servers, wanted = belongings.objects.get(servers_ref(run.metadata.name)), run.spec.rollout_servers
+    if servers is None or wanted is None or len(pods_of_role(belongings.pods, labels.ROLE_SERVER)) >= wanted.replicas:
         return None
-    return job
+    return servers
 
 
 def _created(manifest: Manifest) -> datetime:

@@ -20,6 +20,7 @@ from posttrain.control.kinds import (
     PYTORCHJOB,
     SERVICE,
     SERVICE_ACCOUNT,
+    STATEFUL_SET,
     TRAINING_RUN,
 )
 from posttrain.plan.manifests import is_out_of_sight
@@ -52,7 +53,9 @@ _STARTING_SECONDS = 2.0
 """A gang that starts changes a dozen times on its way, and nothing is to be done about it."""
 _RUNNING_SECONDS = 1.0
 _JOB_ENDS = frozenset({"Succeeded", "Failed", "Complete"})
-_MADE_BY_PLANS = frozenset({SERVICE_ACCOUNT, NETWORK_POLICY, CONFIG_MAP, CLAIM, SERVICE, DEPLOYMENT, JOB, PYTORCHJOB})
+_MADE_BY_PLANS = frozenset(
+    {SERVICE_ACCOUNT, NETWORK_POLICY, CONFIG_MAP, CLAIM, SERVICE, DEPLOYMENT, STATEFUL_SET, JOB, PYTORCHJOB}
+)
 MADE_SECONDS = 10.0
 """After something was made for a run: pods that come of it tell of themselves, long before that on a cluster that has
 time."""
@@ -93,7 +96,13 @@ def _pod(manifest: Manifest, status: dict[str, Any]) -> list[Any]:
             if condition.get("type") in _POD_CONDITIONS
         ],
         [
-            [container.get("name"), container.get("imageID"), _state(container.get("state") or {})]
+            # A gang's container is ready as soon as it runs; a server's when it answers, for which a gang may wait.
+            [
+                container.get("name"),
+                container.get("imageID"),
+                container.get("ready"),
+                _state(container.get("state") or {}),
+            ]
             for container in containers
         ],
     ]

@@ -9,6 +9,7 @@ Everything happens in the thread that calls it.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -124,6 +125,7 @@ class LocalCluster:
             pods=tuple(self.list("Pod")),
             config_maps=self._config_maps,
             runs=self._runs,
+            server_key=secrets.token_urlsafe(32),
         )
 
     # --- The executor ------------------------------------------------------------------------------------------------

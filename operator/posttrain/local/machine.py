@@ -74,6 +74,8 @@ def local_settings(machine: Machine, *, profile: str | None = None, num_nodes: i
         profiles={name: own for name in ("default", profile) if name is not None},
         allow_file_sources=True,
         queues=False,
+        # On 127.0.0.1 the machine's own users reach them, who could as well end them.
+        open_rollout_servers=True,
         prepare_cpu=str(machine.cpus),
         prepare_memory=str(machine.memory_bytes),
     )

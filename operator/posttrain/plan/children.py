@@ -6,12 +6,19 @@ It owns the sets and their order; it must not decide when they are wanted.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 from posttrain.contract.config import GangShape, RunIdentity, TrainingConfig
 from posttrain.plan import names
 from posttrain.plan.deepspeed import STAGES, build_deepspeed_config
-from posttrain.plan.kueue import Ask, build_assignment, build_workload, missing_flavors, workload_ref
+from posttrain.plan.kueue import (
+    POD_SET,
+    SERVER_POD_SET,
+    Ask,
+    build_assignment,
+    build_workload,
+    missing_flavors,
+    workload_ref,
+)
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.objects import (
     JOB_FILE,
@@ -25,6 +32,13 @@ from posttrain.plan.objects import (
 from posttrain.plan.prepare_job import build_prepare_job, prepare_ref
 from posttrain.plan.pytorchjob import build_pytorchjob, job_ref
 from posttrain.plan.quantities import parse_quantity
+from posttrain.plan.rollout_servers import (
+    build_key_secret,
+    build_service,
+    build_stateful_set,
+    servers_config_ref,
+    servers_ref,
+)
 from posttrain.plan.sandbox import build_sandbox, sandbox_ref, sandbox_urls
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.trainer_pod import Assignment, PodInputs
@@ -55,7 +69,8 @@ def prepare_children(situation: Situation) -> tuple[Manifest, ...]:
         name=names.prepare_name(situation.name),
         config=_config(situation, attempt=attempt),
     )
-    return config_map, build_prepare_job(_pod_inputs(situation, attempt=attempt))
+    inputs = _pod_inputs(situation, attempt=attempt, config=names.prepare_name(situation.name))
+    return config_map, build_prepare_job(inputs)
 
 
 def prepare_refs(situation: Situation) -> tuple[ObjectRef, ...]:
@@ -67,11 +82,12 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return the ConfigMap and the PyTorchJob of the current attempt."""
     spec, attempt = situation.spec, situation.attempt
     zero = spec.parallelism.strategy in STAGES
-    inputs = replace(_pod_inputs(situation, attempt=attempt), assignment=_assignment(situation))
+    config_name = names.attempt_name(situation.name, attempt=attempt)
+    inputs = _pod_inputs(situation, attempt=attempt, config=config_name, pod_set=POD_SET)
     job = build_pytorchjob(inputs)
     config_map = build_config_map(
         situation.run,
-        name=names.attempt_name(situation.name, attempt=attempt),
+        name=config_name,
         config=_config(situation, attempt=attempt),
         deepspeed=build_deepspeed_config(spec.parallelism) if zero else None,
         job=job,
@@ -79,7 +95,17 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
     return config_map, job
 
 
-def sandbox_children(situation: Situation) -> tuple[Manifest, ...]:
+def service_children(situation: Situation) -> tuple[Manifest, ...]:
+    """Return what a gang waits for until it serves: the run's sandbox and its rollout servers."""
+    return *_sandbox_children(situation), *_server_children(situation)
+
+
+def service_refs(situation: Situation) -> tuple[ObjectRef, ...]:
+    """Return the references to what of them goes when no gang is to be there: what holds nothing stays."""
+    return sandbox_ref(situation.name), *_server_refs(situation)
+
+
+def _sandbox_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return what the run's sandbox consists of; its Deployment only where it is not there: it is never re-rendered."""
     made = sandbox_ref(situation.name)
     parts = _sandbox_parts(situation)
@@ -112,15 +138,51 @@ def build_run_workload(situation: Situation, *, ask: Ask) -> Manifest:
     priority = situation.observed.priorities.get(wanted) if wanted is not None else None
     if workload is not None and workload.priority_class == wanted and workload.priority is not None:
         priority = workload.priority
-    inputs = _pod_inputs(situation, attempt=situation.attempt)
+    inputs = _pod_inputs(situation, attempt=situation.attempt, config="")
     return build_workload(inputs, ask=ask, priority_class=wanted, priority=priority)
 
 
-def _assignment(situation: Situation) -> Assignment:
-    workload, flavors = situation.workload, situation.observed.flavors
-    if workload is None or missing_flavors(workload, flavors):
+def _server_children(situation: Situation) -> tuple[Manifest, ...]:
+    """Return the rollout servers with all that they need, for the quota that the run has now; none in other modes.
+
+    Servers that are there stay as they were made. Their key is made with them, once.
+    """
+    run = situation.run
+    if run.spec.rollout_servers is None:
+        return ()
+    observed = situation.observed.objects.get(servers_ref(situation.name))
+    kept = situation.observed.objects.get(servers_config_ref(situation.name))
+    secret = build_key_secret(run, key=situation.observed.server_key)
+    if any(there is not None and is_being_deleted(there) for there in (observed, kept)):
+        return ()  # the next are made when their names are free
+    if kept is not None:
+        servers = json.loads(kept["data"][JOB_FILE])
+        return (build_service(run), servers) if observed is not None else (build_service(run), secret, servers)
+    if observed is not None or situation.live_server_pods or _lacks_flavors(situation):
+        return ()
+    name = names.server_name(situation.name)
+    inputs = _pod_inputs(situation, attempt=situation.attempt, config=name, pod_set=SERVER_POD_SET)
+    servers = build_stateful_set(inputs)
+    config = _config(situation, attempt=situation.attempt)
+    config_map = build_config_map(run, name=name, config=config, job=servers)
+    return build_service(run), secret, config_map, servers
+
+
+def _server_refs(situation: Situation) -> tuple[ObjectRef, ...]:
+    """Return the references to what goes with the servers' end: what keeps their address and their key stays."""
+    return servers_ref(situation.name), servers_config_ref(situation.name)
+
+
+def _assignment(situation: Situation, *, pod_set: str) -> Assignment:
+    if situation.workload is None or _lacks_flavors(situation):
         return Assignment()
-    return build_assignment(workload, flavors)
+    return build_assignment(situation.workload, situation.observed.flavors, pod_set=pod_set)
+
+
+def _lacks_flavors(situation: Situation) -> bool:
+    """Return whether it is not known yet what the quota asks of pods."""
+    workload = situation.workload
+    return workload is not None and bool(missing_flavors(workload, situation.observed.flavors))
 
 
 def child_refs(situation: Situation) -> frozenset[ObjectRef]:
@@ -132,6 +194,8 @@ def child_refs(situation: Situation) -> frozenset[ObjectRef]:
     refs |= {ObjectRef.of(part) for part in _sandbox_parts(situation)}
     if situation.ask is not None:
         refs.add(workload_ref(situation.name))
+    if situation.run.spec.rollout_servers is not None:
+        refs |= {*_server_refs(situation), ObjectRef.of(build_service(situation.run))}
     return frozenset(refs)
 
 
@@ -144,7 +208,7 @@ def _claim_size(situation: Situation) -> str:
     return there if there is not None and parse_quantity(there) > parse_quantity(size) else size
 
 
-def _pod_inputs(situation: Situation, *, attempt: int) -> PodInputs:
+def _pod_inputs(situation: Situation, *, attempt: int, config: str, pod_set: str | None = None) -> PodInputs:
     restarts = situation.status.restarts
     files = situation.code
     return PodInputs(
@@ -153,9 +217,11 @@ def _pod_inputs(situation: Situation, *, attempt: int) -> PodInputs:
         profile=situation.profile,
         image=situation.image,
         attempt=attempt,
+        config=config,
         sources=situation.sources,
         code=code_items(files or {}) if situation.run.spec.code is not None else None,
         avoided_nodes=tuple(restarts.avoided_nodes or ()) if restarts else (),
+        assignment=_assignment(situation, pod_set=pod_set) if pod_set is not None else Assignment(),
         sandbox_urls=sandbox_urls(situation.run),
     )
 

@@ -20,12 +20,13 @@ from typing import Any
 from posttrain.plan import labels, names
 from posttrain.plan.manifests import is_being_deleted, parse_time
 from posttrain.plan.objects import build_metadata
-from posttrain.plan.trainer_pod import TRAINER_CONTAINER, Assignment, PodInputs, build_trainer_template
+from posttrain.plan.trainer_pod import Assignment, PodInputs, build_server_template, build_trainer_template
 from posttrain.plan.types import Manifest, ObjectRef, StatusPatch
 
 API_VERSION = "kueue.x-k8s.io/v1beta2"
 KIND = "Workload"
 POD_SET = "trainer"
+SERVER_POD_SET = "server"
 
 PREEMPTED = "Preempted"
 NODE_FAILURES = "NodeFailures"
@@ -45,7 +46,8 @@ class Ask:
     """What a run asks its queue for, as far as a user may change it."""
 
     queue: str
-    nodes: int
+    pods: int
+    """Nodes of the gang, and rollout servers."""
     profile: str
     """Name of the profile; empty: the default one."""
 
@@ -101,20 +103,15 @@ def build_workload(inputs: PodInputs, *, ask: Ask, priority_class: str | None, p
     `active` is left out: it is the administrator's and Kueue's own. Kueue refuses a class without its number.
     """
     run = inputs.run
-    pod = build_trainer_template(inputs)["spec"]
-    resources = next(c["resources"] for c in pod["containers"] if c["name"] == TRAINER_CONTAINER)
-    template: dict[str, Any] = {
-        "restartPolicy": "Never",
-        "containers": [{"name": TRAINER_CONTAINER, "resources": resources}],
-        **{key: pod[key] for key in _READ_BY_KUEUE if key in pod},
-    }
-    if "nodeAffinity" in pod.get("affinity", {}):
-        template["affinity"] = {"nodeAffinity": pod["affinity"]["nodeAffinity"]}
+    servers = run.spec.rollout_servers
+    pod_sets = [_pod_set(POD_SET, build_trainer_template(inputs), count=run.spec.resources.num_nodes)]
+    if servers is not None:
+        pod_sets.append(_pod_set(SERVER_POD_SET, build_server_template(inputs), count=servers.replicas))
     spec: dict[str, Any] = {"queueName": ask.queue}
     if priority_class is not None:
         reference = {"group": "kueue.x-k8s.io", "kind": "WorkloadPriorityClass", "name": priority_class}
         spec |= {"priorityClassRef": reference} | ({"priority": priority} if priority is not None else {})
-    spec["podSets"] = [{"name": POD_SET, "count": ask.nodes, "template": {"spec": template}}]
+    spec["podSets"] = pod_sets
     own_labels = {**labels.run_labels(run.metadata.name), labels.PROFILE: ask.profile}
     return {
         "apiVersion": API_VERSION,
@@ -122,6 +119,20 @@ def build_workload(inputs: PodInputs, *, ask: Ask, priority_class: str | None, p
         "metadata": build_metadata(run, name=names.workload_name(run.metadata.name), labels=own_labels),
         "spec": spec,
     }
+
+
+def _pod_set(name: str, template: Mapping[str, Any], *, count: int) -> dict[str, Any]:
+    """Return as much of a pod template as Kueue reads."""
+    pod = template["spec"]
+    (container,) = pod["containers"]
+    spec: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "containers": [{"name": container["name"], "resources": container["resources"]}],
+        **{key: pod[key] for key in _READ_BY_KUEUE if key in pod},
+    }
+    if "nodeAffinity" in pod.get("affinity", {}):
+        spec["affinity"] = {"nodeAffinity": pod["affinity"]["nodeAffinity"]}
+    return {"name": name, "count": count, "template": {"spec": spec}}
 
 
 # --- What Kueue answers ----------------------------------------------------------------------------------------------
@@ -178,7 +189,7 @@ def _parse_ask(manifest: Manifest) -> Ask:
     spec = manifest.get("spec") or {}
     return Ask(
         queue=spec.get("queueName") or "",
-        nodes=sum(pod_set.get("count", 1) for pod_set in spec.get("podSets") or ()),
+        pods=sum(pod_set.get("count", 1) for pod_set in spec.get("podSets") or ()),
         profile=(manifest["metadata"].get("labels") or {}).get(labels.PROFILE, ""),
     )
 
@@ -194,11 +205,14 @@ def missing_flavors(workload: WorkloadState, flavors: Mapping[str, Manifest]) ->
     return tuple(name for name in workload.flavors if name not in flavors)
 
 
-def build_assignment(workload: WorkloadState, flavors: Mapping[str, Manifest]) -> Assignment:
-    """Return what the flavors of a reservation, and the admission checks, ask of the pods (Kueue's pkg/podset)."""
-    specs: list[Mapping[str, Any]] = [flavors[name].get("spec") or {} for name in workload.flavors]
-    checks = (workload.manifest.get("status") or {}).get("admissionChecks") or ()
-    updates = [part for check in checks for part in check.get("podSetUpdates") or () if part.get("name") == POD_SET]
+def build_assignment(workload: WorkloadState, flavors: Mapping[str, Manifest], *, pod_set: str) -> Assignment:
+    """Return what the flavors of a reservation, and the admission checks, ask of its pods (Kueue's pkg/podset)."""
+    status = workload.manifest.get("status") or {}
+    assigned = (status.get("admission") or {}).get("podSetAssignments") or ()
+    own = {name for part in assigned if part["name"] == pod_set for name in (part.get("flavors") or {}).values()}
+    specs: list[Mapping[str, Any]] = [flavors[name].get("spec") or {} for name in sorted(own)]
+    checks = status.get("admissionChecks") or ()
+    updates = [part for check in checks for part in check.get("podSetUpdates") or () if part.get("name") == pod_set]
     return Assignment(
         node_selector=_merge([*(spec.get("nodeLabels") for spec in specs), *(u.get("nodeSelector") for u in updates)]),
         tolerations=tuple(toleration for part in (*specs, *updates) for toleration in part.get("tolerations") or ()),

@@ -18,7 +18,7 @@ PROFILE = "posttrain.dev/profile"
 """The profile whose resources a Workload asks for (empty: the default one): another one is asked for anew."""
 
 ROLE = "posttrain.dev/role"
-"""What a pod does: prepare, trainer or sandbox."""
+"""What a pod does: prepare, trainer, sandbox or server."""
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 """The recommended label by which tools group what an operator made."""
@@ -26,6 +26,7 @@ MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGER = "posttrain"
 
 ROLE_PREPARE = "prepare"
+ROLE_SERVER = "server"
 ROLE_TRAINER = "trainer"
 ROLE_SANDBOX = "sandbox"
 

@@ -5,6 +5,7 @@ It owns how a child's name follows from the run's; it must not build the childre
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 from posttrain.api.base import GROUP
@@ -47,6 +48,22 @@ def workload_name(run: str) -> str:
 def prepare_name(run: str) -> str:
     """Return the name of prepare's Job and of its ConfigMap."""
     return f"{run}-prepare"
+
+
+def server_name(run: str) -> str:
+    """Return the name of the StatefulSet of the run's rollout servers, of its Service and of its ConfigMap."""
+    return f"{run}-server"
+
+
+def server_key_name(run: str, *, uid: str) -> str:
+    """Return the name of the Secret with the servers' key: nobody else's, as the operator may not look at it."""
+    return f"{run}-server-{hashlib.sha256(uid.encode()).hexdigest()[:8]}"
+
+
+def server_addresses(run: str, *, replicas: int, port: int) -> tuple[str, ...]:
+    """Return the address of each rollout server, by its pod in the headless Service."""
+    name = server_name(run)
+    return tuple(f"http://{name}-{index}.{name}:{port}" for index in range(replicas))
 
 
 def sandbox_name(run: str) -> str:

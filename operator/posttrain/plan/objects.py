@@ -63,7 +63,8 @@ def build_claim(run: TrainingRun, *, size: str) -> Manifest:
     """Return the claim made for the run; a retained one is labelled with the run and not owned by it."""
     name = run.metadata.name
     storage = run.spec.checkpoints.storage
-    mode = storage.access_mode or ("ReadWriteMany" if run.spec.resources.num_nodes > 1 else "ReadWriteOnce")
+    shared = run.spec.resources.num_nodes > 1 or run.spec.rollout_servers is not None
+    mode = storage.access_mode or ("ReadWriteMany" if shared else "ReadWriteOnce")
     metadata = build_metadata(run, name=names.claim_name(name), labels=labels.run_labels(name))
     if run.spec.checkpoints.retain == "Always":
         del metadata["ownerReferences"]

@@ -1,25 +1,31 @@
-"""Whether a gang's pods all run, or why not yet, as a condition tells it.
+"""Whether a gang's pods all run, or why not yet, as a condition tells it; and what keeps others from serving.
 
 It owns the reading of pods that wait or run; it must not decide what follows from it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from posttrain.plan import names
 from posttrain.plan.attempts import Gang
-from posttrain.plan.manifests import is_out_of_sight, node_name, pod_condition, pod_phase
+from posttrain.plan.manifests import container_status, is_out_of_sight, node_name, pod_condition, pod_phase
 from posttrain.plan.status import Says
 from posttrain.plan.types import Manifest
 
 _PULL_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 _VOLUME_WORDS = ("PersistentVolumeClaim", "persistentvolumeclaim", "volume node affinity", "volume")
 _NOT_CREATED = "FailedCreate"
-"""Beginning of the reasons with which the training operator says that it could not create a pod or its service."""
+"""Beginning of the reasons with which the training operator, and the StatefulSet controller, say that they could not
+create a pod or its service."""
+_REFUSED = re.compile(r"^(?:Error creating: |Create Pod \S+ in StatefulSet \S+ failed error: )")
+"""What they put before the API server's own words."""
 _OVER_QUOTA = "exceeded quota"
 """In every refusal by a ResourceQuota (k8s.io/apiserver, admission/plugin/resourcequota)."""
+_SHOWN_LINES = 5
+"""Of what a container said before it ended."""
 
 
 def explain_running(gang: Gang) -> Says:
@@ -33,12 +39,12 @@ def explain_running(gang: Gang) -> Says:
     return Says("Unknown", "NodeUnreachable", message)
 
 
-def explain_waiting(gang: Gang, *, job_events: Iterable[Manifest] = ()) -> Says:
+def explain_waiting(gang: Gang, *, creation_events: Iterable[Manifest] = ()) -> Says:
     """Return why not every pod of the gang runs: the first obstacle found, else how many run."""
-    if len(gang.pods) < gang.size:
-        refused = _not_created(gang, job_events)
-        if refused is not None:
-            return refused
+    job = names.attempt_name(gang.run, attempt=gang.attempt)
+    refused = find_refusal(creation_events, of=job, missing=gang.size - len(gang.pods), size=gang.size)
+    if refused is not None:
+        return refused
     obstacle = find_obstacle(gang.pods)
     if obstacle is not None:
         return obstacle
@@ -52,15 +58,30 @@ def find_obstacle(pods: Iterable[Manifest]) -> Says | None:
     return next((obstacle for obstacle in found if obstacle is not None), None)
 
 
-def _not_created(gang: Gang, job_events: Iterable[Manifest]) -> Says | None:
-    """Return why pods are missing: only an Event about the job tells of a pod that the API server refused."""
-    job = names.attempt_name(gang.run, attempt=gang.attempt)
-    about = [event for event in job_events if (event.get("involvedObject") or {}).get("name") == job]
+def find_end(pods: Iterable[Manifest], *, container: str) -> str | None:
+    """Return how the first container ended that is to serve and does not: it waits for its next start, or loads again.
+
+    With its last words.
+    """
+    for pod in pods:
+        status = container_status(pod, container)
+        ends = (status.get("state") or {}).get("terminated"), (status.get("lastState") or {}).get("terminated")
+        ended = next((end for end in ends if end), None)
+        if ended is not None and not status.get("ready"):
+            words = str(ended.get("message") or ended.get("reason") or "no message").strip().splitlines()
+            said = "\n".join(words[-_SHOWN_LINES:])
+            return f"pod {pod['metadata']['name']} ends with exit code {ended.get('exitCode')}: {said}"
+    return None
+
+
+def find_refusal(events: Iterable[Manifest], *, of: str, missing: int, size: int) -> Says | None:
+    """Return why pods are missing: only an Event about `of`, which makes them, tells of one that was refused."""
+    about = [event for event in events if (event.get("involvedObject") or {}).get("name") == of]
     refusals = [event for event in about if str(event.get("reason") or "").startswith(_NOT_CREATED)]
-    if not refusals:
+    if not missing or not refusals:
         return None
-    message = str(max(refusals, key=_last_seen).get("message") or "").removeprefix("Error creating: ")
-    told = f"{gang.size - len(gang.pods)} of {gang.size} pods cannot be created: {message}"
+    message = _REFUSED.sub("", str(max(refusals, key=_last_seen).get("message") or ""))
+    told = f"{missing} of {size} pods cannot be created: {message}"
     return Says("False", "QuotaExceeded" if _OVER_QUOTA in message else "PodsNotCreated", told)
 
 

@@ -14,9 +14,9 @@ from posttrain.api.grpo import Sandbox
 from posttrain.api.training_run import TrainingRun
 from posttrain.contract import environment
 from posttrain.plan import labels, names
-from posttrain.plan.manifests import container_status, is_being_deleted, pods_of_role
+from posttrain.plan.manifests import is_being_deleted, pods_of_role
 from posttrain.plan.objects import build_metadata
-from posttrain.plan.pods import find_obstacle
+from posttrain.plan.pods import find_end, find_obstacle
 from posttrain.plan.status import Says
 from posttrain.plan.trainer_pod import POD_SECURITY, container_security
 from posttrain.plan.types import Manifest, ObjectRef, Observed
@@ -34,7 +34,6 @@ _SCRATCH_MIB = 512
 _OWN_MEMORY_MIB = 1024
 _GRACE_SECONDS = 5
 """A program that is cut off is run again, or its completion has no reward: nothing is worth waiting for."""
-_SHOWN_LINES = 5
 
 
 def sandbox_urls(run: TrainingRun) -> tuple[str, ...]:
@@ -154,24 +153,11 @@ def explain_unready(run: str, observed: Observed) -> Says | None:
     if deployment is not None and not is_being_deleted(deployment) and status.get("readyReplicas"):
         return None
     pods = pods_of_role(observed.pods, labels.ROLE_SANDBOX)
-    for pod in pods:
-        ended = _last_end(pod)
-        if ended is not None:
-            said = "\n".join(str(ended.get("message") or "").strip().splitlines()[-_SHOWN_LINES:])
-            message = (
-                f"pod {pod['metadata']['name']} ends with exit code {ended.get('exitCode')}: {said or 'no message'}"
-            )
-            return Says("False", "SandboxFailed", message)
+    ended = find_end(pods, container=SANDBOX_CONTAINER)
+    if ended is not None:
+        return Says("False", "SandboxFailed", ended)
     refused = _refusal(status) if not pods else None
     return find_obstacle(pods) or refused or Says("False", "SandboxStarting", "the sandbox is starting")
-
-
-def _last_end(pod: Manifest) -> Mapping[str, Any] | None:
-    """Return how the container of a pod ended that waits for its next start or has not got ready since its last."""
-    container = container_status(pod, SANDBOX_CONTAINER)
-    state = container.get("state") or {}
-    ended: Mapping[str, Any] | None = state.get("terminated") or (container.get("lastState") or {}).get("terminated")
-    return ended if "running" not in state or not container.get("ready") else None
 
 
 def _refusal(status: Mapping[str, Any]) -> Says | None:

@@ -23,6 +23,7 @@ from posttrain.plan.manifests import is_live, is_of_attempt, pods_of_role
 from posttrain.plan.objects import code_files
 from posttrain.plan.pytorchjob import job_ref, parse_job_state
 from posttrain.plan.references import RunState, parse_run_state
+from posttrain.plan.rollout_servers import count_ready, servers_config_ref, servers_ref
 from posttrain.plan.types import Manifest, ObjectRef, Observed
 from posttrain.settings import Profile, Settings
 
@@ -154,6 +155,22 @@ class Situation:
         return tuple(pod for pod in self.trainer_pods if is_live(pod, now=self.now))
 
     @cached_property
+    def server_pods(self) -> tuple[Manifest, ...]:
+        """The pods of the rollout servers."""
+        return pods_of_role(self.observed.pods, labels.ROLE_SERVER)
+
+    @cached_property
+    def live_server_pods(self) -> tuple[Manifest, ...]:
+        """Those that may still run, hence hold GPUs."""
+        return tuple(pod for pod in self.server_pods if is_live(pod, now=self.now))
+
+    @property
+    def servers_ready(self) -> bool:
+        """Whether every rollout server answers that the run is to have; also without any."""
+        servers = self.run.spec.rollout_servers
+        return servers is None or count_ready(self.server_pods) >= servers.replicas
+
+    @cached_property
     def gang(self) -> Gang:
         """The current attempt's gang."""
         progress = self.attempt_progress
@@ -177,7 +194,9 @@ class Situation:
         resources = self.run.spec.resources
         if resources.queue_name is None or not self.settings.queues:
             return None
-        return Ask(queue=resources.queue_name, nodes=resources.num_nodes, profile=resources.profile or "")
+        servers = self.run.spec.rollout_servers
+        pods = resources.num_nodes + (servers.replicas if servers is not None else 0)
+        return Ask(queue=resources.queue_name, pods=pods, profile=resources.profile or "")
 
     @cached_property
     def workload(self) -> WorkloadState | None:
@@ -200,7 +219,14 @@ class Situation:
     def holds_gang(self) -> bool:
         """Whether anything of a gang is there that runs, or from which pods may still be made."""
         pending = self.gang.job is not None and self.gang.job.phase == "Pending"
-        return bool(self.live_trainer_pods) or pending or any(ref.kind == "PyTorchJob" for ref in self.old_children)
+        old = any(ref.kind == "PyTorchJob" for ref in self.old_children)
+        return bool(self.live_trainer_pods) or pending or old or self.holds_servers
+
+    @property
+    def holds_servers(self) -> bool:
+        """Whether a rollout server is there, or may still be made."""
+        made = servers_ref(self.name), servers_config_ref(self.name)
+        return any(ref in self.observed.objects for ref in made) or bool(self.live_server_pods)
 
     @property
     def was_created(self) -> bool:

@@ -52,6 +52,7 @@ class Verdict:
     accepted: Says | None = None
     prepared: Says | None = None
     quota_reserved: Says | None = None
+    server_ready: Says | None = None
     pods_ready: Says | None = None
     signal_healthy: Says | None = None
     finished: bool = False
@@ -72,7 +73,7 @@ def carry_facts(situation: Situation) -> TrainingRunStatus:
     changes: dict[str, Any] = {
         "observed_generation": run.metadata.generation,
         "method": run.spec.method.upper(),
-        "gpus": run.spec.resources.num_nodes * run.spec.resources.gpus_per_node,
+        "gpus": run.spec.gpus,
         "progress": None,
     }
     if situation.attempt:
@@ -87,8 +88,8 @@ def _times_of_attempt(situation: Situation) -> dict[str, Any]:
     times: dict[str, Any] = {}
     workload = situation.workload
     waits = situation.ask is not None and workload is not None and not workload.reserved
-    of_sandbox = situation.run.spec.own_sandbox is not None and situation.has_quota
-    if (waits or of_sandbox) and not situation.was_created and status.attempt_queued_time is None:
+    served = situation.run.spec.own_sandbox is not None or situation.run.spec.rollout_servers is not None
+    if (waits or (served and situation.has_quota)) and not situation.was_created and status.attempt_queued_time is None:
         times["attempt_queued_time"] = (workload.pending_since if workload is not None and waits else None) or now
     if gang.job is not None and status.attempt_created_time is None:
         times["attempt_created_time"] = gang.job.created or now
@@ -153,6 +154,7 @@ def _conditions(situation: Situation, verdict: Verdict) -> list[Condition]:
         conditions.ACCEPTED: verdict.accepted,
         conditions.PREPARED: verdict.prepared,
         conditions.QUOTA_RESERVED: _in_brief(verdict.quota_reserved),
+        conditions.SERVER_READY: _in_brief(verdict.server_ready),
         conditions.PODS_READY: _in_brief(verdict.pods_ready),
         conditions.SUCCEEDED: succeeded,
         conditions.FINISHED: settled if verdict.finished else under_way,

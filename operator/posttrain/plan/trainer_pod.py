@@ -1,4 +1,4 @@
-"""The pods of a run: a node of the gang, and prepare.
+"""The pods of a run: a node of the gang, a rollout server, and prepare.
 
 It owns the pod spec, hence every path and variable that a workload finds; it must not know which object runs the pod.
 """
@@ -23,6 +23,10 @@ from posttrain.settings import Profile, Settings
 TRAINER_CONTAINER = "pytorch"
 """The training operator injects the rendezvous into the container of this name, and its webhook asks for one."""
 PREPARE_CONTAINER = "prepare"
+SERVER_CONTAINER = "vllm"
+SERVER_PORT = 8000
+SERVER_KEY = "key"
+"""In the Secret that the rollout servers and the gang read."""
 
 CONFIG_FOLDER = "/etc/posttrain"
 STORAGE_FOLDER = "/mnt/storage"
@@ -63,6 +67,8 @@ _RESERVED_ENV = frozenset(
         "PYTHONUNBUFFERED",
         "RANK",
         "TOKENIZERS_PARALLELISM",
+        "VLLM_API_KEY",
+        "VLLM_SERVER_DEV_MODE",
         "WORLD_SIZE",
     }
 )
@@ -87,6 +93,8 @@ class PodInputs:
     profile: Profile
     image: str
     attempt: int
+    config: str
+    """Name of the ConfigMap with its config.json."""
     sources: Mapping[str, ResolvedSource]
     code: list[dict[str, str]] | None
     """`items` of the code volume (empty: whatever the ConfigMap holds); None without own code."""
@@ -127,7 +135,61 @@ def build_trainer_template(inputs: PodInputs) -> dict[str, Any]:
         volumes=[{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}],
         mounts=[{"name": "dshm", "mountPath": SHARED_MEMORY_FOLDER}],
     )
-    return {"metadata": metadata, "spec": {**spec, **_placement(inputs)}}
+    return {"metadata": metadata, "spec": {**spec, **_placement(inputs, affinity=_affinity(inputs))}}
+
+
+def build_server_template(inputs: PodInputs) -> dict[str, Any]:
+    """Return the pod template of a rollout server: nothing but its readiness is asked, as loading takes its time."""
+    run, profile = inputs.run, inputs.profile
+    servers, overrides, assigned = run.spec.rollout_servers, run.spec.pod_overrides, inputs.assignment
+    assert servers is not None
+    cpu, memory = servers.cpu or profile.cpu, servers.memory or profile.memory
+    amounts = {"cpu": cpu, "memory": memory}
+    if servers.gpus_per_node:
+        amounts[profile.gpu_resource] = str(servers.gpus_per_node)
+    amounts |= profile.devices
+    values = {**profile.env, "OMP_NUM_THREADS": str(_threads(cpu, ranks=servers.engine_size))}
+    own = {variable.name for variable in _overridden(inputs)}
+    env = [_variable(name, value) for name, value in sorted(values.items()) if name not in own]
+    spec = _pod_spec(
+        inputs,
+        container={
+            "name": SERVER_CONTAINER,
+            "image": inputs.image,
+            "command": ["python", "-m", "posttrain_workloads.serve"],
+            "env": [
+                *env,
+                *_common_env(inputs, reports=False),
+                _variable(environment.LISTEN, f"0.0.0.0:{SERVER_PORT}"),
+                _server_key(inputs),
+                *_user_env(inputs),
+            ],
+            "ports": [{"name": "http", "containerPort": SERVER_PORT, "protocol": "TCP"}],
+            "readinessProbe": {
+                "httpGet": {"path": "/health", "port": SERVER_PORT},
+                "periodSeconds": 5,
+                "timeoutSeconds": 5,
+                "failureThreshold": 6,
+            },
+            "resources": {"limits": amounts, "requests": amounts},
+            "securityContext": container_security(add=("IPC_LOCK",) if profile.allow_ipc_lock else ()),
+        },
+        env_from=_secret_env(inputs),
+        volumes=[{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shared_memory or memory}}],
+        mounts=[{"name": "dshm", "mountPath": SHARED_MEMORY_FOLDER}],
+        last_words="FallbackToLogsOnError",  # vLLM writes no message of its own
+        reports=False,
+    )
+    annotations = {**((overrides.annotations if overrides else None) or {}), **assigned.annotations}
+    given = (overrides.labels if overrides else None) or {}
+    own_labels = {**labels.run_labels(run.metadata.name), labels.ROLE: labels.ROLE_SERVER}
+    return {
+        "metadata": {
+            "labels": {**given, **assigned.labels, **own_labels},
+            **({"annotations": annotations} if annotations else {}),
+        },
+        "spec": {**spec, **_placement(inputs, affinity={})},
+    }
 
 
 def build_prepare_template(inputs: PodInputs) -> dict[str, Any]:
@@ -161,6 +223,8 @@ def _pod_spec(
     env_from: list[dict[str, Any]],
     volumes: list[dict[str, Any]],
     mounts: list[dict[str, Any]],
+    last_words: str = "File",
+    reports: bool = True,
 ) -> dict[str, Any]:
     run = inputs.run
     overrides = run.spec.pod_overrides
@@ -175,11 +239,11 @@ def _pod_spec(
                 **container,
                 **({"envFrom": env_from} if env_from else {}),
                 "terminationMessagePath": TERMINATION_FILE,
-                "terminationMessagePolicy": "File",
-                "volumeMounts": [*_mounts(inputs), *mounts],
+                "terminationMessagePolicy": last_words,
+                "volumeMounts": [*_mounts(inputs, reports=reports), *mounts],
             }
         ],
-        "volumes": [*_volumes(inputs), *volumes],
+        "volumes": [*_volumes(inputs, reports=reports), *volumes],
     }
     if overrides and overrides.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in overrides.image_pull_secrets]
@@ -194,37 +258,17 @@ def container_security(*, add: tuple[str, ...] = ()) -> dict[str, Any]:
     return {"allowPrivilegeEscalation": False, "capabilities": capabilities}
 
 
-def _volumes(inputs: PodInputs) -> list[dict[str, Any]]:
+def _volumes(inputs: PodInputs, *, reports: bool) -> list[dict[str, Any]]:
     run = inputs.run
     name = run.metadata.name
-    config = names.attempt_name(name, attempt=inputs.attempt) if inputs.attempt else names.prepare_name(name)
     claim = run.spec.checkpoints.storage.claim_name or names.claim_name(name)
-    progress_server = inputs.settings.progress_server
     volumes: list[dict[str, Any]] = [
-        {"name": "config", "configMap": {"name": config}},
+        {"name": "config", "configMap": {"name": inputs.config}},
         {"name": "storage", "persistentVolumeClaim": {"claimName": claim}},
         {"name": "runtime", "emptyDir": {"medium": "Memory", "sizeLimit": _RUNTIME_SIZE}},
-        {
-            "name": "access",
-            "projected": {
-                "sources": [
-                    {
-                        "serviceAccountToken": {
-                            "path": "token",
-                            "audience": names.resource_path(namespace=run.metadata.namespace, run=name),
-                            "expirationSeconds": _TOKEN_SECONDS,
-                        }
-                    },
-                    {
-                        "configMap": {
-                            "name": progress_server.ca_config_map,
-                            "items": [{"key": "ca.crt", "path": "ca.crt"}],
-                        }
-                    },
-                ]
-            },
-        },
     ]
+    if reports:
+        volumes.append(_access_volume(inputs))
     for read in sources.read_claims(inputs.sources):
         volume = {"claimName": read, "readOnly": True}
         volumes.append({"name": _volume_name(read), "persistentVolumeClaim": volume})
@@ -236,13 +280,27 @@ def _volumes(inputs: PodInputs) -> list[dict[str, Any]]:
     return volumes
 
 
-def _mounts(inputs: PodInputs) -> list[dict[str, Any]]:
+def _access_volume(inputs: PodInputs) -> dict[str, Any]:
+    """Return what a pod reports with: a token for its run alone, and the authority of who takes the reports."""
+    metadata, authority = inputs.run.metadata, inputs.settings.progress_server.ca_config_map
+    token = {
+        "path": "token",
+        "audience": names.resource_path(namespace=metadata.namespace, run=metadata.name),
+        "expirationSeconds": _TOKEN_SECONDS,
+    }
+    items = [{"key": "ca.crt", "path": "ca.crt"}]
+    projected = [{"serviceAccountToken": token}, {"configMap": {"name": authority, "items": items}}]
+    return {"name": "access", "projected": {"sources": projected}}
+
+
+def _mounts(inputs: PodInputs, *, reports: bool) -> list[dict[str, Any]]:
     mounts: list[dict[str, Any]] = [
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
         {"name": "storage", "mountPath": STORAGE_FOLDER, "subPath": inputs.run.metadata.name},
         {"name": "runtime", "mountPath": RUNTIME_FOLDER},
-        {"name": "access", "mountPath": ACCESS_FOLDER, "readOnly": True},
     ]
+    if reports:
+        mounts.append({"name": "access", "mountPath": ACCESS_FOLDER, "readOnly": True})
     for read in sources.read_claims(inputs.sources):
         mounts.append({"name": _volume_name(read), "mountPath": f"{CLAIMS_FOLDER}/{read}", "readOnly": True})
     if sources.reads_files(inputs.sources):
@@ -279,7 +337,7 @@ def _trainer_resources(inputs: PodInputs) -> dict[str, Any]:
     return {"limits": amounts, "requests": amounts}
 
 
-def _placement(inputs: PodInputs) -> dict[str, Any]:
+def _placement(inputs: PodInputs, *, affinity: dict[str, Any]) -> dict[str, Any]:
     profile, resources = inputs.profile, inputs.run.spec.resources
     overrides = inputs.run.spec.pod_overrides
     placement: dict[str, Any] = {}
@@ -296,7 +354,6 @@ def _placement(inputs: PodInputs) -> dict[str, Any]:
     tolerations += [dict(t) for t in inputs.assignment.tolerations if t not in tolerations]
     if tolerations:
         placement["tolerations"] = tolerations
-    affinity = _affinity(inputs)
     if affinity:
         placement["affinity"] = affinity
     if profile.scheduler_name:
@@ -346,20 +403,15 @@ def _threads(cpu: str, *, ranks: int) -> int:
     return max(int(parse_quantity(cpu) / ranks), 1)
 
 
-def _common_env(inputs: PodInputs) -> list[dict[str, Any]]:
-    """Return the variables of every pod: paths, addresses, the Hub."""
-    run, access = inputs.run, inputs.run.spec.access
-    path = names.resource_path(namespace=run.metadata.namespace, run=run.metadata.name)
-    url = f"{inputs.settings.progress_server.url.rstrip('/')}/{path}"
+def _common_env(inputs: PodInputs, *, reports: bool = True) -> list[dict[str, Any]]:
+    """Return the variables of every pod: paths, the Hub, and whom it reports to."""
+    access = inputs.run.spec.access
     env = [
         _variable(environment.CONFIG, f"{CONFIG_FOLDER}/{CONFIG_FILE}"),
         _variable(environment.STORAGE, STORAGE_FOLDER),
         _variable(environment.RUNTIME, RUNTIME_FOLDER),
         _variable(environment.TERMINATION, TERMINATION_FILE),
-        _variable(environment.FACTS_URL, f"{url}/facts"),
-        _variable(environment.STATUS_URL, f"{url}/status"),
-        _variable(environment.TOKEN, f"{ACCESS_FOLDER}/token"),
-        _variable(environment.CA_CERT, f"{ACCESS_FOLDER}/ca.crt"),
+        *(_report_env(inputs) if reports else ()),
         _field(environment.POD_NAME, "metadata.name"),
         _field(environment.NODE_NAME, "spec.nodeName"),
     ]
@@ -384,6 +436,18 @@ def _common_env(inputs: PodInputs) -> list[dict[str, Any]]:
     return [*env, _variable("PYTHONUNBUFFERED", "1"), _variable("TOKENIZERS_PARALLELISM", "false")]
 
 
+def _report_env(inputs: PodInputs) -> list[dict[str, Any]]:
+    run = inputs.run
+    path = names.resource_path(namespace=run.metadata.namespace, run=run.metadata.name)
+    url = f"{inputs.settings.progress_server.url.rstrip('/')}/{path}"
+    return [
+        _variable(environment.FACTS_URL, f"{url}/facts"),
+        _variable(environment.STATUS_URL, f"{url}/status"),
+        _variable(environment.TOKEN, f"{ACCESS_FOLDER}/token"),
+        _variable(environment.CA_CERT, f"{ACCESS_FOLDER}/ca.crt"),
+    ]
+
+
 def _trainer_env(inputs: PodInputs) -> list[dict[str, Any]]:
     """Return what only the gang needs: the strategy, threads, the profile's and the trackers' variables."""
     spec = inputs.run.spec
@@ -396,7 +460,18 @@ def _trainer_env(inputs: PodInputs) -> list[dict[str, Any]]:
         values |= build_fsdp_environment(spec.parallelism)
     values |= _tracking_env(inputs)
     own = {variable.name for variable in _overridden(inputs)}
-    return [_variable(name, value) for name, value in sorted(values.items()) if name not in own]
+    given = [_variable(name, value) for name, value in sorted(values.items()) if name not in own]
+    servers = spec.rollout_servers
+    if servers is None:
+        return given
+    addresses = names.server_addresses(inputs.run.metadata.name, replicas=servers.replicas, port=SERVER_PORT)
+    return [*given, _variable(environment.ROLLOUT_SERVERS, ",".join(addresses)), _server_key(inputs)]
+
+
+def _server_key(inputs: PodInputs) -> dict[str, Any]:
+    metadata = inputs.run.metadata
+    secret = {"name": names.server_key_name(metadata.name, uid=metadata.uid or ""), "key": SERVER_KEY}
+    return {"name": environment.ROLLOUT_KEY, "valueFrom": {"secretKeyRef": secret}}
 
 
 def _tracking_env(inputs: PodInputs) -> dict[str, str]:

@@ -29,7 +29,8 @@ from posttrain.plan.children import (
     prepare_children,
     prepare_refs,
     run_children,
-    sandbox_children,
+    service_children,
+    service_refs,
 )
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.objects import code_hash
@@ -38,7 +39,8 @@ from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload, withdraw
 from posttrain.plan.references import foresee_end
-from posttrain.plan.sandbox import IMAGE_KEY, explain_unready, sandbox_ref
+from posttrain.plan.sandbox import IMAGE_KEY
+from posttrain.plan.servers import never_answers
 from posttrain.plan.signal import find_loss
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import is_commit
@@ -50,6 +52,7 @@ from posttrain.plan.verdicts import (
     begin_attempt,
     charge,
     explain_gang,
+    explain_unserved,
     fail,
     finish,
     go_on,
@@ -108,12 +111,18 @@ def preview_training_run(
     """
     reference = run.spec.model.run_ref
     runs = {reference.name: foresee_end(reference.name, beside=beside)} if reference is not None else {}
-    observed = Observed(runs=runs)
+    observed = Observed(runs=runs, server_key="<made by the operator>")
     situation = Situation(run=run, status=run.status, observed=observed, now=now, settings=settings)
     prepare = prepare_children(situation) if is_needed(situation) else ()
     first = replace(situation, status=run.status.model_copy(update={"attempt": 1}))
     workload = (build_run_workload(first, ask=first.ask),) if first.ask is not None else ()
-    return (*run_children(situation), *prepare, *workload, *sandbox_children(first), *attempt_children(first))
+    return (
+        *run_children(situation),
+        *prepare,
+        *workload,
+        *service_children(first),
+        *attempt_children(first),
+    )
 
 
 def _carried(situation: Situation) -> Situation:
@@ -228,6 +237,16 @@ def _awaiting(message: str) -> Verdict:
         accepted=Says("False", "ReferencePending", message),
         succeeded=Says("False", "InProgress", message),
     )
+
+
+def servers_unprotected(situation: Situation) -> Verdict | None:
+    """Its rollout servers would take weights from everybody: nothing is begun."""
+    settings = situation.settings
+    if situation.attempt or situation.run.spec.rollout_servers is None:
+        return None
+    if settings.enforces_network_policies or settings.open_rollout_servers:
+        return None
+    return refuse(situation, "NetworkPolicyNotEnforced", REASONS["NetworkPolicyNotEnforced"].message)
 
 
 # --- Before the first attempt ----------------------------------------------------------------------------------------
@@ -393,13 +412,14 @@ def suspended(situation: Situation) -> Verdict | None:
         Verdict(
             stage="Suspended",
             prepared=say_prepared(situation),
+            server_ready=says if situation.run.spec.rollout_servers is not None else None,
             pods_ready=says,
             succeeded=says,
             quota_reserved=says if situation.ask is not None and situation.workload is None else None,
             changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
             deletes=(
                 *old_refs(situation),
-                *present_refs(situation, (sandbox_ref(situation.name),)),
+                *present_refs(situation, service_refs(situation)),
                 *withdraw(situation),
             ),
             deadlines=silences(situation),
@@ -506,11 +526,25 @@ def cleaning_up(situation: Situation) -> Verdict | None:
     )
 
 
-def awaiting_sandbox(situation: Situation) -> Verdict | None:
-    """The programs of the first completions would find no sandbox: no gang is made before it serves."""
-    if situation.was_created or situation.run.spec.own_sandbox is None:
+def server_never_answers(situation: Situation) -> Verdict | None:
+    """A rollout server has ended again and again: no gang is made to wait for it."""
+    ended = never_answers(situation) if not situation.was_created else None
+    if ended is None:
         return None
-    return go_on(situation) if explain_unready(situation.name, situation.observed) is not None else None
+    return fail(
+        situation,
+        Cause(
+            reason="CrashLooping",
+            message=f"attempt {situation.attempt}: {ended}",
+            budget="none",
+            advice=advice_for("CrashLooping"),
+        ),
+    )
+
+
+def awaiting_services(situation: Situation) -> Verdict | None:
+    """The gang would find no sandbox, or not every rollout server: it would hold its GPUs for nothing."""
+    return go_on(situation) if explain_unserved(situation) is not None else None
 
 
 def starting(situation: Situation) -> Verdict | None:
@@ -533,6 +567,7 @@ _CHECKS: tuple[Check, ...] = (
     child_rejected,  # the API server does not take a child
     code_missing,  # a reference does not resolve yet
     model_missing,  # the run whose model it starts from has not ended well yet
+    servers_unprotected,  # others could hand weights over to its servers
     kueue_missing,  # the user asks for a queue, and there are none
     priority_class_missing,  # its priority does not resolve yet
     suspended_before_start,  # the user asked us to stop, and nothing ran yet
@@ -552,7 +587,8 @@ _CHECKS: tuple[Check, ...] = (
     stalled,  # nothing was heard past progressDeadlineSeconds
     cleaning_up,  # the attempt before is not gone yet
     awaiting_quota,  # nothing of an attempt is there before its quota
-    awaiting_sandbox,  # nothing is trained before its programs can be run
+    server_never_answers,  # what generates for it ends again and again
+    awaiting_services,  # nothing of a gang is there before what generates for it, and what runs its programs
     starting,  # make the attempt's job
     running,  # wait for events
 )

@@ -80,8 +80,10 @@ class Observed:
     """Runs that the spec refers to, by name, as far as they are there."""
     referrers: tuple[str, ...] = ()
     """Names of the runs that have not ended and refer to this one."""
-    job_events: tuple[Manifest, ...] = ()
-    """Events (core/v1) about the current attempt's job; they matter only while pods of its gang are missing."""
+    creation_events: tuple[Manifest, ...] = ()
+    """Events (core/v1) about what has not made all of its pods: the current attempt's job, or the rollout servers."""
+    server_key: str = ""
+    """A new random key, for rollout servers that are made now."""
     kueue: bool = False
     """Whether the cluster serves Kueue's Workloads."""
     flavors: Mapping[str, Manifest] = field(default_factory=dict)

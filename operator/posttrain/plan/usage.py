@@ -5,6 +5,7 @@ It owns that arithmetic, carried forward from plan to plan; it must not decide w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -26,7 +27,8 @@ def carry_usage(situation: Situation) -> UsageStatus | None:
     """Return the usage with the time since it was last counted: a pod holds its GPUs from its start to its end."""
     usage = situation.status.usage
     recent = usage is not None and usage.accounted_until and situation.now - usage.accounted_until < _EVERY
-    if recent and any(_ended(pod) is None for pod in situation.live_trainer_pods):
+    live = (*situation.live_trainer_pods, *situation.live_server_pods)
+    if recent and any(_ended(pod) is None for pod in live):
         return usage
     return _count(situation)
 
@@ -44,8 +46,10 @@ def end_attempt(situation: Situation, *, kept: bool) -> UsageStatus | None:
 def _count(situation: Situation) -> UsageStatus | None:
     usage, now = situation.status.usage, situation.now
     since = usage.accounted_until if usage else None
-    held = sum((_held(pod, since=since, now=now) for pod in situation.trainer_pods), start=timedelta(0))
-    seconds = _seconds(held) * situation.run.spec.resources.gpus_per_node
+    spec = situation.run.spec
+    seconds = _held_by(situation.trainer_pods, since=since, now=now) * spec.resources.gpus_per_node
+    if spec.rollout_servers is not None:
+        seconds += _held_by(situation.server_pods, since=since, now=now) * spec.rollout_servers.gpus_per_node
     if not seconds:
         return usage
     usage = usage or UsageStatus()
@@ -53,6 +57,10 @@ def _count(situation: Situation) -> UsageStatus | None:
         situation, usage, seconds=seconds, wasted=Decimal(0), attempt=_number(usage.attempt_gpu_seconds) + seconds
     )
     return counted.model_copy(update={"accounted_until": now})
+
+
+def _held_by(pods: Iterable[Manifest], *, since: datetime | None, now: datetime) -> Decimal:
+    return _seconds(sum((_held(pod, since=since, now=now) for pod in pods), start=timedelta(0)))
 
 
 def _held(pod: Manifest, *, since: datetime | None, now: datetime) -> timedelta:

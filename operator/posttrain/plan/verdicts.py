@@ -13,7 +13,7 @@ from posttrain.api.methods import table_of
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Cause
-from posttrain.plan.children import attempt_children, frozen_job, run_children, sandbox_children
+from posttrain.plan.children import attempt_children, frozen_job, run_children, service_children, service_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
@@ -23,7 +23,8 @@ from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
 from posttrain.plan.quota import explain_quota, report_pods_ready
-from posttrain.plan.sandbox import explain_unready, sandbox_ref
+from posttrain.plan.sandbox import explain_unready
+from posttrain.plan.servers import explain_servers
 from posttrain.plan.signal import explain_signal
 from posttrain.plan.situation import CONFIG_MAP, Situation
 from posttrain.plan.status import Says, Verdict
@@ -49,6 +50,7 @@ def accept(situation: Situation, verdict: Verdict) -> Verdict:
         verdict,
         accepted=Says("True", "Accepted"),
         quota_reserved=verdict.quota_reserved or explain_quota(situation),
+        server_ready=verdict.server_ready or explain_servers(situation),
         signal_healthy=explain_signal(situation),
         changes=changes,
         objects=(*run_children(situation), *verdict.objects),
@@ -87,14 +89,23 @@ def say_prepared(situation: Situation) -> Says:
 
 
 def explain_gang(situation: Situation) -> Says:
-    """Return why not every pod of the current attempt runs: no quota, no sandbox yet, or what its pods wait for."""
+    """Return why not every pod of the current attempt runs: what it has to have first, or what stands in their way."""
     if situation.awaits_quota:
         return explain_quota(situation)
-    if not situation.was_created and situation.run.spec.own_sandbox is not None:
+    unserved = explain_unserved(situation)
+    return unserved or explain_waiting(situation.gang, creation_events=situation.observed.creation_events)
+
+
+def explain_unserved(situation: Situation) -> Says | None:
+    """Return why nobody serves the gang that is to be made; None where it is there, and all that it needs serves."""
+    if situation.was_created:
+        return None
+    unready = None
+    if situation.run.spec.own_sandbox is not None:
         unready = explain_unready(situation.name, situation.observed)
-        if unready is not None:
-            return unready
-    return explain_waiting(situation.gang, job_events=situation.observed.job_events)
+    if unready is None and not situation.servers_ready:
+        unready = explain_servers(situation)
+    return unready
 
 
 def go_on(
@@ -121,9 +132,9 @@ def go_on(
     elif failure is not None and failure.attempt == situation.attempt - 1:
         stage = "Restarting"
     message = message or f"attempt {situation.attempt}: {told}"
-    # Like the gang, the sandbox holds nothing while there is no quota.
-    sandbox = () if situation.awaits_quota else sandbox_children(situation)
-    spare = present_refs(situation, (sandbox_ref(situation.name),)) if situation.awaits_quota else ()
+    # Like the gang, what serves it holds nothing while there is no quota.
+    services = () if situation.awaits_quota else service_children(situation)
+    spare = present_refs(situation, service_refs(situation)) if situation.awaits_quota else ()
     times = (
         active_deadline(situation),
         pending_deadline(situation),
@@ -138,7 +149,7 @@ def go_on(
             pods_ready=pods_ready,
             succeeded=Says("False", "InProgress", message),
             changes={"hold": None},
-            objects=(*sandbox, *objects, *_lost_config_map(situation), *frozen_job(situation)),
+            objects=(*services, *objects, *_lost_config_map(situation), *frozen_job(situation)),
             deletes=(*old_refs(situation), *spare, *deletes),
             patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),
@@ -273,12 +284,14 @@ def finish(
 ) -> Verdict:
     """Return the commit of the run's end."""
     good = succeeded.status == "True"
+    ended = Says("False", succeeded.reason, succeeded.message)
     return accept(
         situation,
         Verdict(
             stage="Succeeded" if good else "Failed",
             prepared=prepared,
-            pods_ready=Says("False", succeeded.reason, succeeded.message),
+            server_ready=ended if situation.run.spec.rollout_servers is not None else None,
+            pods_ready=ended,
             succeeded=succeeded,
             finished=True,
             stalled=not good,
@@ -308,7 +321,7 @@ def holding_refs(situation: Situation) -> tuple[ObjectRef, ...]:
 
     One that succeeded does before its last worker has ended: the training operator takes back what still runs then.
     """
-    refs = [*situation.old_children, sandbox_ref(situation.name)]
+    refs = [*situation.old_children, *service_refs(situation)]
     job = situation.gang.job
     succeeded = job is not None and job.phase == "Succeeded"
     if (situation.live_trainer_pods and not succeeded) or (job is not None and job.phase == "Pending"):

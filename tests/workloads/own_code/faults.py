@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,40 @@ class NanTrainer(SFTTrainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
         return loss * math.nan if self.model.training and self.state.global_step == 2 else loss
+
+
+class Halt(TrainerCallback):
+    """Halts its rank, for a test to strike: at the end of one step, and in the middle of the hand-over before another.
+
+    It makes a file, and goes on when the test has made another, also in a later attempt.
+    """
+
+    def __init__(self, folder: str, between: int, inside: int) -> None:
+        self.folder = Path(folder)
+        self.between = between
+        self.inside = inside
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.between:
+            self.halt("between")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        if state.global_step != self.inside:
+            return
+        parameters = model.named_parameters
+
+        def halting(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            for number, parameter in enumerate(parameters(*args, **kwargs)):
+                if number == 5:
+                    self.halt("inside")
+                yield parameter
+
+        model.named_parameters = halting
+
+    def halt(self, where: str) -> None:
+        (self.folder / where).touch()
+        while not (self.folder / f"{where}-over").exists():
+            time.sleep(0.05)
 
 
 class Abort(TrainerCallback):

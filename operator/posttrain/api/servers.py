@@ -1,0 +1,109 @@
+"""The shape of vLLM servers that a run has beside its gang, and the options of theirs that posttrain sets itself.
+
+It owns what the fields under `rollout.server` mean; it must not know how a server is started, nor what vLLM knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from posttrain.api.base import ApiModel, JsonObject, Quantity
+
+OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+"""A long option of `vllm serve`, without its hyphens in front."""
+
+_ADDRESS = "posttrain gives every server its address"
+_ONE_POD = "a server is one pod: write spec.grpo.rollout.server.replicas and gpusPerNode"
+_TRUST = "posttrain makes a key, and says who may reach the servers"
+_MODEL = "it follows from spec.model"
+_HAND_OVER = "handing weights over depends on it"
+OWNED_OPTIONS = {
+    "api-key": _TRUST,
+    "api-server-count": _ONE_POD,
+    "config": "write its options here",
+    "data-parallel-size": _ONE_POD,
+    "dtype": "it is the type that the trainer computes in: write spec.model.dtype",
+    "headless": _ONE_POD,
+    "host": _ADDRESS,
+    "logprobs-mode": _HAND_OVER,
+    "max-logprobs": _HAND_OVER,
+    "max-model-len": "write spec.grpo.rollout.server.maxModelLength",
+    "model": _MODEL,
+    "nnodes": _ONE_POD,
+    "node-rank": _ONE_POD,
+    "pipeline-parallel-size": _ONE_POD,
+    "port": _ADDRESS,
+    "quantization": "the weights that are handed over are not quantized",
+    "revision": _MODEL,
+    "root-path": _ADDRESS,
+    "served-model-name": _ADDRESS,
+    "ssl-certfile": _TRUST,
+    "ssl-keyfile": _TRUST,
+    "tensor-parallel-size": "write spec.grpo.rollout.server.tensorParallelSize",
+    "trust-remote-code": "write spec.model.trustRemoteCode",
+    "uds": _ADDRESS,
+    "weight-transfer-config": _HAND_OVER,
+}
+"""Options that are set by posttrain. The value completes "is set by posttrain: ..."."""
+
+
+class RolloutServers(ApiModel):
+    """vLLM servers, each of which generates a share of the completions."""
+
+    replicas: int = Field(
+        default=1, ge=1, le=64, description="Number of servers, one pod each. Default: 1.", examples=[2]
+    )
+    gpus_per_node: int = Field(
+        default=1,
+        ge=0,
+        le=64,
+        description="GPUs of each server; 0 where the gang has none either. Default: 1.",
+        examples=[4],
+    )
+    tensor_parallel_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="GPUs that a server's model is split over. Default: all of the server's.",
+        examples=[4],
+    )
+    max_model_length: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000_000,
+        description="Tokens of prompt and completion together. Default: as many as the model sees.",
+        examples=[4096],
+    )
+    cpu: Quantity | None = Field(
+        default=None, description="CPUs of each server. Default: the profile's.", examples=["8"]
+    )
+    memory: Quantity | None = Field(
+        default=None, description="Memory of each server. Default: the profile's.", examples=["64Gi"]
+    )
+    args: JsonObject = Field(
+        default={},
+        max_length=64,
+        description="Options of `vllm serve`, by their long names without hyphens in front; true for one without a "
+        "value. Those that posttrain sets itself are refused. Default: none.",
+        examples=[{"gpu-memory-utilization": 0.9, "enforce-eager": True}],
+    )
+
+    @property
+    def engine_size(self) -> int:
+        """GPUs, or without any processes, that a server's model is split over."""
+        return self.tensor_parallel_size or max(self.gpus_per_node, 1)
+
+
+def find_option_problems(servers: RolloutServers) -> Iterator[tuple[str, str]]:
+    """Yield each option that cannot be, and what to change; whether vLLM knows it, only its image can tell."""
+    for name, value in servers.args.items():
+        if not OPTION.fullmatch(name):
+            near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+            yield name, f"is no long option of vLLM: write `{near}`, without hyphens in front and in lower case"
+        elif name in OWNED_OPTIONS:
+            yield name, f"is set by posttrain: {OWNED_OPTIONS[name]}"
+        elif value is None or value is False:
+            yield name, f"an option that is not wanted is left out; one that is turned off is called no-{name}"

@@ -1,0 +1,43 @@
+"""Rollout servers as a run sees them: whether they answer, in words.
+
+It owns the condition ServerReady; it must not know how a server is written.
+"""
+
+from __future__ import annotations
+
+from posttrain.plan.names import server_name
+from posttrain.plan.pods import find_end, find_obstacle, find_refusal
+from posttrain.plan.rollout_servers import RESTARTS_MAX, count_ready, restarts_of
+from posttrain.plan.situation import Situation
+from posttrain.plan.status import Says
+from posttrain.plan.trainer_pod import SERVER_CONTAINER
+
+
+def explain_servers(situation: Situation) -> Says:
+    """Return whether every server answers, and if not, why not: the first obstacle found, else how many do."""
+    servers = situation.run.spec.rollout_servers
+    if servers is None:
+        return Says("Unknown", "NoServers")
+    if not situation.holds_servers and situation.awaits_quota:
+        return Says("False", "ServersWanted")
+    if situation.servers_ready:
+        return Says("True", "ServersReady")
+    pods = situation.server_pods
+    ended = find_end(pods, container=SERVER_CONTAINER)
+    if ended is not None:
+        return Says("False", "CrashLooping", ended)
+    refused = find_refusal(
+        situation.observed.creation_events,
+        of=server_name(situation.name),
+        missing=servers.replicas - len(pods),
+        size=servers.replicas,
+    )
+    loading = f"{count_ready(pods)} of {servers.replicas} servers answer"
+    return refused or find_obstacle(pods) or Says("False", "Loading", loading)
+
+
+def never_answers(situation: Situation) -> str | None:
+    """Return how a server ended that has been restarted often enough to know that it will not answer."""
+    given_up = (pod for pod in situation.server_pods if restarts_of(pod) >= RESTARTS_MAX)
+    ended = find_end(given_up, container=SERVER_CONTAINER)
+    return f"after {RESTARTS_MAX} restarts {ended}" if ended is not None else None

@@ -1,0 +1,148 @@
+"""A gang is made when everything that serves it does: the sandbox of its rewards and its rollout servers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from posttrain.control.kinds import DEPLOYMENT, NETWORK_POLICY, STATEFUL_SET
+from tests.support.bench import Bench
+
+SERVED = {
+    "sft": None,
+    "grpo": {
+        "rewards": [{"name": "code"}],
+        "rollout": {"mode": "Server", "server": {"replicas": 2, "gpusPerNode": 0}},
+        "args": {"max_steps": 20},
+    },
+}
+SANDBOX_SERVES = {"replicas": 1, "readyReplicas": 1}
+SERVICES = ["Deployment demo-sandbox", "StatefulSet demo-server"]
+
+
+def submit(bench: Bench, **spec: Any) -> None:
+    """Let both be made, with pods that do not serve yet."""
+    bench.submit(**SERVED, **spec)
+    bench.settle()
+    bench.others.make_server_pods()
+    bench.others.make_sandbox_pod(phase="Running")
+    bench.settle()
+
+
+def servers_answer(bench: Bench) -> None:
+    for index in range(2):
+        bench.others.set_pod_status(
+            f"demo-server-{index}",
+            phase="Running",
+            conditions=[{"type": "Ready", "status": "True"}],
+            containerStatuses=[{"name": "vllm", "ready": True, "restartCount": 0, "state": {"running": {}}}],
+        )
+    bench.settle()
+
+
+def sandbox_serves(bench: Bench) -> None:
+    bench.cluster.put_status(bench.others.key(DEPLOYMENT, "demo-sandbox"), SANDBOX_SERVES)
+    bench.settle()
+
+
+def test_both_start_at_once_and_the_gang_waits_for_the_sandbox_while_the_servers_answer() -> None:
+    bench = Bench()
+    submit(bench)
+    assert bench.names(DEPLOYMENT, STATEFUL_SET) == SERVICES
+    assert (bench.says("PodsReady"), bench.says("ServerReady")) == (("False", "SandboxStarting"), ("False", "Loading"))
+
+    servers_answer(bench)
+    assert bench.says("ServerReady") == ("True", "ServersReady")
+    assert bench.says("PodsReady") == ("False", "SandboxStarting")
+    assert bench.others.job(1) is None
+
+    sandbox_serves(bench)
+    assert bench.others.job_runs(1)
+    assert bench.says("PodsReady") == ("False", "PodsStarting")
+
+
+def test_the_gang_waits_for_the_servers_while_the_sandbox_serves() -> None:
+    bench = Bench()
+    submit(bench)
+    sandbox_serves(bench)
+    assert bench.says("PodsReady") == bench.says("ServerReady") == ("False", "Loading")
+    assert bench.others.job(1) is None
+
+    servers_answer(bench)
+    assert bench.others.job_runs(1)
+
+
+def test_a_server_that_never_answers_ends_the_run_also_while_the_sandbox_is_awaited() -> None:
+    bench = Bench()
+    submit(bench)
+    end = {"terminated": {"exitCode": 1, "message": "no memory for keys and values"}}
+    container = {"name": "vllm", "ready": False, "restartCount": 5, "lastState": end, "state": {"running": {}}}
+    bench.others.set_pod_status("demo-server-1", phase="Running", containerStatuses=[container])
+    bench.settle()
+
+    failure = bench.status.failure
+    assert failure is not None
+    assert (bench.status.stage, failure.reason, failure.message) == (
+        "Failed",
+        "CrashLooping",
+        "attempt 1: after 5 restarts pod demo-server-1 ends with exit code 1: no memory for keys and values",
+    )
+    assert bench.names(DEPLOYMENT, STATEFUL_SET) == []
+
+
+def test_servers_that_never_answer_count_towards_the_pending_deadline() -> None:
+    bench = Bench()
+    submit(bench, pendingDeadlineSeconds=100)
+    sandbox_serves(bench)
+    bench.wait(50)
+    bench.settle()
+    assert bench.says("Succeeded") == ("False", "InProgress")
+    bench.wait(50)
+    bench.settle()
+
+    assert bench.says("Succeeded") == ("False", "PendingDeadlineExceeded")
+    assert "0 of 2 servers answer" in bench.condition("Succeeded").message
+    assert bench.names(DEPLOYMENT, STATEFUL_SET) == []
+
+
+def test_a_server_whose_pod_is_refused_says_why() -> None:
+    bench = Bench()
+    bench.submit(**SERVED)
+    bench.settle()
+    sandbox_serves(bench)
+    message = "Create Pod demo-server-0 in StatefulSet demo-server failed error: exceeded quota: team"
+    bench.others.put_event(STATEFUL_SET, "demo-server", reason="FailedCreate", message=message)
+    bench.wait(60)
+    bench.settle()
+
+    says = ("False", "QuotaExceeded")
+    assert (bench.says("ServerReady"), bench.says("PodsReady")) == (says, says)
+    assert bench.condition("ServerReady").message == "2 of 2 pods cannot be created: exceeded quota: team"
+
+
+def test_a_suspension_takes_both_away_and_the_next_attempt_waits_for_both_again() -> None:
+    bench = Bench()
+    submit(bench)
+    servers_answer(bench)
+    sandbox_serves(bench)
+    bench.others.change_run(suspend=True)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    assert (bench.status.stage, bench.names(DEPLOYMENT, STATEFUL_SET)) == ("Suspended", [])
+
+    bench.others.change_run(suspend=False)
+    bench.settle()
+    assert bench.names(DEPLOYMENT, STATEFUL_SET) == SERVICES
+    assert (bench.says("PodsReady"), bench.others.job(2)) == (("False", "SandboxStarting"), None)
+
+
+def test_programs_in_the_sandbox_reach_no_server() -> None:
+    bench = Bench()
+    submit(bench)
+
+    policies = {item["metadata"]["name"]: item["spec"] for item in bench.cluster.objects(NETWORK_POLICY)}
+    ((peer,),) = [rule["from"] for rule in policies["demo"]["ingress"] if "from" in rule]
+    assert peer["podSelector"]["matchExpressions"] == [
+        {"key": "posttrain.dev/role", "operator": "NotIn", "values": ["sandbox"]}
+    ]
+    assert policies["demo"]["podSelector"]["matchLabels"] == {"posttrain.dev/run": "demo"}

@@ -1,0 +1,95 @@
+"""A rollout server: vLLM, in the trainer's version, with what handing weights over takes.
+
+    python -m posttrain_workloads.serve
+
+It owns the options of `vllm serve`, which this process then becomes; it must not import torch before that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from posttrain.contract import environment
+from posttrain.contract.config import TrainingConfig
+from posttrain_workloads.arguments import training_args
+from posttrain_workloads.model import model_folder
+from posttrain_workloads.rollout_modes import vllm_environment
+from posttrain_workloads.rollout_plugin import GLOO
+
+_VLLM = ("-m", "vllm.entrypoints.cli.main", "serve")
+
+
+def main() -> None:
+    """Become the server that the environment names."""
+    config = TrainingConfig.from_json(Path(os.environ[environment.CONFIG]).read_text())
+    host, _, port = os.environ[environment.LISTEN].rpartition(":")
+    folder = model_folder(config, environ=os.environ)
+    options = serve_options(config, folder=folder, environ=os.environ)
+    # The paths by which weights are handed over exist in this mode alone.
+    environ = {**vllm_environment(config), **os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+    if config.gang.gpus_per_node == 0:
+        environ["CUDA_VISIBLE_DEVICES"] = ""  # a container without a GPU may still see the node's
+    argv = [sys.executable, *_VLLM, str(folder), "--host", host, "--port", port, *options]
+    os.execve(sys.executable, argv, environ)
+
+
+def serve_options(config: TrainingConfig, *, folder: Path, environ: Mapping[str, str]) -> list[str]:
+    """Return the options of `vllm serve` but for where it listens: the user's, and those that posttrain sets."""
+    servers = config.spec.rollout_servers
+    assert servers is not None
+    on_cpus = servers.gpus_per_node == 0
+    backend = GLOO if on_cpus else "nccl"
+    options = [
+        *("--dtype", serve_dtype(config, folder=folder, environ=environ)),
+        *("--tensor-parallel-size", str(servers.engine_size)),
+        *("--weight-transfer-config", json.dumps({"backend": backend})),
+        *("--logprobs-mode", "processed_logprobs"),
+        *("--max-logprobs", "-1"),
+    ]
+    if servers.max_model_length is not None:
+        options += ["--max-model-len", str(servers.max_model_length)]
+    if config.spec.model.trust_remote_code:
+        options.append("--trust-remote-code")
+    if on_cpus and not {"enforce-eager", "no-enforce-eager"} & servers.args.keys():
+        options.append("--enforce-eager")  # compiling takes minutes there
+    for name, value in servers.args.items():
+        options += _written(name, value)
+    return options
+
+
+def serve_dtype(config: TrainingConfig, *, folder: Path, environ: Mapping[str, str]) -> str:
+    """Return the type that the trainer computes in, as it follows from its arguments and the model's folder."""
+    args = training_args(config, environ=environ)
+    half = bool(args.get("fp16"))
+    whole = args.get("bf16")
+    if whole or (whole is None and not half):  # TRL's own default
+        return "bfloat16"
+    if half:
+        return "float16"
+    if config.spec.model.dtype != "auto":
+        return str(config.spec.model.dtype)
+    if config.gang.gpus_per_node == 0:
+        return "float32"
+    shape = json.loads((folder / "config.json").read_text())
+    return str(shape.get("dtype") or shape.get("torch_dtype") or "float32")
+
+
+def _written(name: str, value: JsonValue) -> Iterator[str]:
+    """Yield an option as the command line has it; true stands for one without a value."""
+    yield f"--{name}"
+    if isinstance(value, dict):
+        yield json.dumps(value)
+    elif isinstance(value, list):
+        yield from (str(item) for item in value)
+    elif value is not True:
+        yield str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/reward_grading.py [--pairs 3] [--hostile-pairs 1] [--workers 2]
 
-1,000 completions with 16,000 characters of reasoning before the answer, made from a seed: 63 solutions with 16
-completions each, 1,000 different solutions, and the first with 2% answers that math-verify spends 5 s on. The plain
+1,000 completions with 16,000 characters of reasoning before the answer: 63 solutions with 16 completions each, 1,000
+different solutions, and the first with 2% answers that math-verify spends 5 s on. Each pair has completions of its own,
+made from its number: SymPy would remember those of the pair before, as it cannot in a training. The plain
 side parses solution and answer and compares them, one after the other, with math-verify's own time limits, as the main
 thread must for them; ours is the reward `accuracy`, from a pool that is not started yet to the last grade. The rewards
 are compared before a time is printed; a ratio is the median over the pairs, and what is the same in every pair is
@@ -13,6 +14,7 @@ measured in turn.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -67,22 +69,23 @@ def measure() -> None:
     logging.disable()  # math-verify warns of each answer; writing that is no grading
     task = json.load(sys.stdin)
     claims = (
-        (f"{COUNT // GROUP + 1} solutions x {GROUP}", repeated_golds(), task["pairs"], 4),
-        ("no solution twice", different_golds(), task["pairs"], 2),
-        (f"{COUNT // GROUP + 1} solutions x {GROUP}, 2% pathological answers", hostile(), task["hostile_pairs"], 8),
+        (f"{COUNT // GROUP + 1} solutions x {GROUP}", repeated_golds, task["pairs"], 4),
+        ("no solution twice", different_golds, task["pairs"], 2),
+        (f"{COUNT // GROUP + 1} solutions x {GROUP}, 2% pathological answers", hostile, task["hostile_pairs"], 8),
     )
-    for name, batch, pairs, wanted in (claim for claim in claims if claim[2]):
-        print(compare(name, batch, pairs=pairs, wanted=wanted, workers=task["workers"]), flush=True)
+    for name, make_batch, pairs, wanted in (claim for claim in claims if claim[2]):
+        print(compare(name, make_batch, pairs=pairs, wanted=wanted, workers=task["workers"]), flush=True)
 
 
-def compare(name: str, batch: Batch, *, pairs: int, wanted: int, workers: int) -> str:
+def compare(name: str, make_batch: Callable[[random.Random], Batch], *, pairs: int, wanted: int, workers: int) -> str:
     """Time both sides in turn, and return the line that tells it."""
     times: dict[int, list[Time]] = {0: [], workers: [], 1: []}  # by the number of workers; 0 is the plain loop
-    for _ in range(pairs):
-        plain, time_taken = timed(lambda: grade_plainly(*batch))
+    for seed in range(pairs):
+        batch = make_batch(random.Random(seed))
+        plain, time_taken = timed(functools.partial(grade_plainly, *batch))
         times[0].append(time_taken)
         for count in dict.fromkeys((workers, 1)):
-            rewards, time_taken = timed(lambda count=count: grade_in_pool(*batch, workers=count))
+            rewards, time_taken = timed(functools.partial(grade_in_pool, *batch, workers=count))
             times[count].append(time_taken)
             equal = sum(ours == theirs for ours, theirs in zip(rewards, plain, strict=True))
             if equal < COUNT:
@@ -170,17 +173,15 @@ class Problem(NamedTuple):
     right: str
 
 
-def repeated_golds() -> Batch:
+def repeated_golds(draw: random.Random) -> Batch:
     """Return completions in groups: right ones, wrong ones, and some without an answer."""
-    draw = random.Random(1)
     problems = [make_problem(draw) for _ in range(COUNT // GROUP + 1)]
     pairs = [(make_completion(problem, draw), problem.gold) for problem in problems for _ in range(GROUP)][:COUNT]
     return [completion for completion, _ in pairs], [gold for _, gold in pairs]
 
 
-def different_golds() -> Batch:
+def different_golds(draw: random.Random) -> Batch:
     """Return completions of as many problems."""
-    draw = random.Random(2)
     problems: dict[str, Problem] = {}
     while len(problems) < COUNT:
         problem = make_problem(draw)
@@ -188,10 +189,9 @@ def different_golds() -> Batch:
     return [make_completion(problem, draw) for problem in problems.values()], list(problems)
 
 
-def hostile() -> Batch:
+def hostile(draw: random.Random) -> Batch:
     """Return completions in groups, every fiftieth with an answer that takes longer than any time limit."""
-    completions, golds = repeated_golds()
-    draw = random.Random(3)
+    completions, golds = repeated_golds(draw)
     for number, at in enumerate(range(7, COUNT, COUNT // 20)):
         answer = PATHOLOGICAL[number % len(PATHOLOGICAL)] % number
         completions[at] = f"{make_reasoning(draw)}\n</think>\n\nSo it is $\\boxed{{{answer}}}$."

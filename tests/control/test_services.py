@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from posttrain.control.kinds import DEPLOYMENT, NETWORK_POLICY, STATEFUL_SET
+from posttrain.contract import environment
+from posttrain.control.kinds import DEPLOYMENT, NETWORK_POLICY, PYTORCHJOB, STATEFUL_SET
 from tests.support.bench import Bench
 
 SERVED = {
@@ -74,10 +75,7 @@ def test_the_gang_waits_for_the_servers_while_the_sandbox_serves() -> None:
 def test_a_server_that_never_answers_ends_the_run_also_while_the_sandbox_is_awaited() -> None:
     bench = Bench()
     submit(bench)
-    end = {"terminated": {"exitCode": 1, "message": "no memory for keys and values"}}
-    container = {"name": "vllm", "ready": False, "restartCount": 5, "lastState": end, "state": {"running": {}}}
-    bench.others.set_pod_status("demo-server-1", phase="Running", containerStatuses=[container])
-    bench.settle()
+    set_ended(bench, restarts=5)
 
     failure = bench.status.failure
     assert failure is not None
@@ -117,6 +115,50 @@ def test_a_server_whose_pod_is_refused_says_why() -> None:
     says = ("False", "QuotaExceeded")
     assert (bench.says("ServerReady"), bench.says("PodsReady")) == (says, says)
     assert bench.condition("ServerReady").message == "2 of 2 pods cannot be created: exceeded quota: team"
+
+
+def set_ended(bench: Bench, *, restarts: int) -> None:
+    """Let a server load again that has ended, for whatever time."""
+    end = {"terminated": {"exitCode": 1, "message": "no memory for keys and values"}}
+    container = {"name": "vllm", "ready": False, "restartCount": restarts, "lastState": end, "state": {"running": {}}}
+    bench.others.set_pod_status("demo-server-1", phase="Running", conditions=[], containerStatuses=[container])
+    bench.settle()
+
+
+def test_restarts_of_a_server_that_answered_in_between_do_not_count() -> None:
+    bench = Bench()
+    submit(bench)
+    sandbox_serves(bench)
+    servers_answer(bench)
+    bench.others.make_pods()
+    bench.others.run_pods(1)
+    bench.settle()
+    set_ended(bench, restarts=4)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.wait(60)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+
+    set_ended(bench, restarts=8)
+    assert (bench.status.attempt, bench.says("Succeeded")) == (2, ("False", "InProgress"))
+    set_ended(bench, restarts=9)
+    assert bench.says("Succeeded") == ("False", "CrashLooping")
+
+
+def test_a_server_knows_of_no_sandbox() -> None:
+    bench = Bench()
+    submit(bench)
+    servers_answer(bench)
+    sandbox_serves(bench)
+
+    templates = [
+        bench.cluster.objects(STATEFUL_SET)[0]["spec"]["template"],
+        bench.cluster.objects(PYTORCHJOB)[0]["spec"]["pytorchReplicaSpecs"]["Master"]["template"],
+    ]
+    variables = [{variable["name"] for variable in template["spec"]["containers"][0]["env"]} for template in templates]
+    assert [environment.SANDBOX_URLS in names for names in variables] == [False, True]
 
 
 def test_a_suspension_takes_both_away_and_the_next_attempt_waits_for_both_again() -> None:

@@ -45,7 +45,17 @@ def main() -> None:
         reward = build(case["reward"], **case.get("params", {}))
         found[name] = reward(["p"] * count, case["completions"], [[]] * count, **case.get("columns", {}))
     found["imported"] = sorted({"torch", "transformers", "math_verify", "sympy"} & sys.modules.keys())
-    for check in (threads, pathological, killed_worker, killed_server, killed_holder, forked, closed, shortcuts):
+    for check in (
+        threads,
+        pathological,
+        killed_worker,
+        killed_server,
+        killed_holder,
+        forked,
+        closed,
+        shortcuts,
+        plainly,
+    ):
         found[check.__name__] = check()
     out.write_text(json.dumps(found))
 
@@ -189,6 +199,79 @@ def shortcuts() -> dict[str, Any]:
             if parsed[0] != parsed[1]:
                 wrong.append([text, part, *parsed])
     return {"short": short, "wrong": wrong}
+
+
+EQUALS = (
+    ("7", "7.0", "007", r"\frac{14}{2}"),
+    ("1000", "1,000", "10^3", r"10^{3}"),
+    ("1", r"\sin^2(5) + \cos^2(5)", r"\sqrt{3 + 2\sqrt{2}} - \sqrt{2}"),
+    ("-3", r"-\frac{9}{3}", "- 3"),
+    (r"\frac{1}{2}", "0.5", r"\frac12", r"50\%", "1/2"),
+    (r"\sqrt{8}", r"2\sqrt{2}", "2.828427"),
+    (r"\frac{40\pi}{7}", r"\frac{40}{7} \cdot \pi"),
+    (r"\frac{3+\sqrt{5}}{2}", r"\frac{3}{2} + \frac{\sqrt{5}}{2}"),
+    ("(x+1)(x-1)", "x^2 - 1"),
+    (r"2\sin^2(x)", r"1 - \cos(2x)"),
+    (r"\{1, 2\}", "2, 1", r"\{2, 1, 1\}"),
+    (r"y = 2x + \frac{1}{3}", "3y = 6x + 1"),
+    ("[1, 2)", r"1 \le x < 2"),
+    ("(1, 2)", r"\left(1, \frac{4}{2}\right)", r"\binom{1}{2}"),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(3, \infty) \cup (-\infty, 2)"),
+    (r"5 \text{ cm}", r"5\,\mathrm{cm}", "5"),
+    (r"60^\circ", "60"),
+    ("x = 3", "3"),
+    (r"\binom{5}{2}", "10"),
+    (r"\log_2 8", "3"),
+    (r"\text{even}", "even"),
+    ("e", "E", "e^1"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"),
+    ("3i + 1", "1 + 3i"),
+    (r"1 \pm \sqrt{2}", r"1 + \sqrt{2}, 1 - \sqrt{2}"),
+    ("12:30", "{"),
+)
+"""Solutions, and how else they are written, if only nearly."""
+
+FORMS = (
+    *(
+        r"\boxed{%s}",
+        r"It is $\boxed{%s}$.",
+        "\\[\n\\boxed{%s}\n\\]",
+        r"**\boxed{%s}**",
+        r"\boxed{%s",
+        r"\fbox{%s}",
+        "%s",
+    ),
+    *(r"$\boxed{%s}$ units", r"\boxed{%s}\%%", r"$x = \boxed{%s}$ and that is all {so} far", "$$%s$$"),
+    *("answer: $%s$", "The final answer is $%s$. I hope", r"first $\boxed{1}$ and then $\boxed{%s}$"),
+    r"\boxed{%s} or \boxed{2}",
+)
+
+
+def plainly() -> dict[str, Any]:
+    """How many generated answers are right and wrong, and which a plain loop in this process grades otherwise."""
+    from math_verify import parse, verify
+
+    from posttrain_workloads.rewards.grader import answer_config
+
+    draw = random.Random(30)
+    golds, answers = [], []
+    for _ in range(500):
+        wanted, other = draw.choice(EQUALS), draw.choice(EQUALS)
+        golds.append(f"${wanted[0]}$")
+        answer = draw.choice(draw.choice([wanted, wanted, other])) + draw.choice(["", "", "", " + 1"])
+        thought = draw.choice(["", "", r"Is it $\boxed{3}$?", r"</think>Let $x$ be \[ 4 \] "])
+        answers.append(f"{thought}\n</think>\n{draw.choice(FORMS) % answer}")
+    pool = GradingPool(2)
+    graded = pool.grade("accuracy", golds, answers)
+    pool.close()
+    found: dict[str, Any] = {"right": graded.count(True), "wrong": graded.count(False), "different": []}
+    for gold, answer, grade in zip(golds, answers, graded, strict=True):
+        solution = parse(gold, extraction_mode="first_match")
+        parsed = parse(answer, answer_config("all"), extraction_mode="first_match")
+        plain = verify(solution, parsed)
+        if grade != plain:
+            found["different"].append([gold, answer, grade, plain])
+    return found
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------

@@ -142,3 +142,8 @@ def test_closing_a_pool_ends_its_processes(found: dict[str, Any]) -> None:
 
 def test_the_part_that_is_graded_gives_the_same_answer_as_the_whole_text(found: dict[str, Any]) -> None:
     assert found["shortcuts"] == {"short": 300, "wrong": []}
+
+
+def test_generated_answers_get_the_grades_of_a_plain_loop(found: dict[str, Any]) -> None:
+    assert found["plainly"]["different"] == []
+    assert min(found["plainly"]["right"], found["plainly"]["wrong"]) > 100

@@ -317,7 +317,7 @@ class TrainingRunStatus(StatusModel):
     method: str | None = None
     """How the model is trained: SFT."""
     gpus: int | None = None
-    """GPUs of the whole gang."""
+    """GPUs of the whole gang and of its rollout servers."""
     attempt: int | None = None
     """Number of the current attempt."""
     start_time: Time | None = None
@@ -332,6 +332,8 @@ class TrainingRunStatus(StatusModel):
     """When all pods of the attempt ran."""
     gang_hash: str | None = None
     """Over the UIDs of the attempt's pods when all of them ran: another one later means that a pod was replaced."""
+    server_restarts: dict[str, int] | None = None
+    """How often each rollout server had been restarted, by its pod's UID, when the attempt began; all had answered."""
     hold: HoldStatus | None = None
     progress: Progress | None = None
     checkpoints: CheckpointsStatus | None = None

@@ -22,7 +22,7 @@ API_VERSION = "apps/v1"
 KIND = "StatefulSet"
 
 RESTARTS_MAX = 5
-"""After so many restarts a server that has never answered will not any more."""
+"""After so many restarts without an answer in between a server will not answer any more."""
 
 
 def servers_ref(run: str) -> ObjectRef:
@@ -104,6 +104,11 @@ def is_ready(pod: Manifest) -> bool:
 def restarts_of(pod: Manifest) -> int:
     """Return how often a server's container was started again."""
     return int(container_status(pod, SERVER_CONTAINER).get("restartCount") or 0)
+
+
+def count_restarts(pods: Iterable[Manifest]) -> dict[str, int]:
+    """Return how often each server was started again that was, by its pod's UID."""
+    return {pod["metadata"]["uid"]: restarts for pod in pods if (restarts := restarts_of(pod))}
 
 
 def count_ready(pods: Iterable[Manifest]) -> int:

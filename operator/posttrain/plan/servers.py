@@ -37,7 +37,13 @@ def explain_servers(situation: Situation) -> Says:
 
 
 def never_answers(situation: Situation) -> str | None:
-    """Return how a server ended that has been restarted often enough to know that it will not answer."""
-    given_up = (pod for pod in situation.server_pods if restarts_of(pod) >= RESTARTS_MAX)
+    """Return how a server ended that has been restarted often enough to know that it will not answer.
+
+    When the gang before was made all of them answered: restarts up to its end do not count.
+    """
+    before = situation.status.server_restarts or {}
+    given_up = (
+        pod for pod in situation.server_pods if restarts_of(pod) - before.get(pod["metadata"]["uid"], 0) >= RESTARTS_MAX
+    )
     ended = find_end(given_up, container=SERVER_CONTAINER)
     return f"after {RESTARTS_MAX} restarts {ended}" if ended is not None else None

@@ -409,7 +409,7 @@ def _threads(cpu: str, *, ranks: int) -> int:
 
 
 def _common_env(inputs: PodInputs, *, reports: bool = True) -> list[dict[str, Any]]:
-    """Return the variables of every pod: paths, the Hub, and whom it reports to."""
+    """Return the variables of every pod: paths, the Hub, and whom it reports to; what only serves scores nothing."""
     access = inputs.run.spec.access
     env = [
         _variable(environment.CONFIG, f"{CONFIG_FOLDER}/{CONFIG_FILE}"),
@@ -429,7 +429,7 @@ def _common_env(inputs: PodInputs, *, reports: bool = True) -> list[dict[str, An
         env += [_variable(environment.CODE, CODE_FOLDER), _variable("PYTHONPATH", CODE_FOLDER)]
     # TRL tells the Hub of every trainer that is built; a platform's runs are nobody else's business.
     env += [_variable("HF_HOME", f"{STORAGE_FOLDER}/hf-home"), _variable("HF_HUB_DISABLE_TELEMETRY", "1")]
-    if inputs.sandbox_urls:
+    if inputs.sandbox_urls and reports:
         env.append(_variable(environment.SANDBOX_URLS, ",".join(inputs.sandbox_urls)))
     if not sources.uses_hub(inputs.sources):
         env.append(_variable("HF_HUB_OFFLINE", "1"))

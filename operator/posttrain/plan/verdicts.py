@@ -23,6 +23,7 @@ from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
 from posttrain.plan.quota import explain_quota, report_pods_ready
+from posttrain.plan.rollout_servers import count_restarts
 from posttrain.plan.sandbox import explain_unready
 from posttrain.plan.servers import explain_servers
 from posttrain.plan.signal import explain_signal
@@ -172,6 +173,7 @@ def begin_attempt(situation: Situation, *, kept: bool = False, changes: dict[str
                 "attempt_created_time": None,
                 "attempt_running_time": None,
                 "gang_hash": None,
+                "server_restarts": _server_restarts(situation),
                 "restarts": _restarts(situation),
                 "usage": end_attempt(situation, kept=kept),
                 **(changes or {}),
@@ -179,6 +181,13 @@ def begin_attempt(situation: Situation, *, kept: bool = False, changes: dict[str
             commit=True,
         ),
     )
+
+
+def _server_restarts(situation: Situation) -> dict[str, int] | None:
+    """Return the restarts of servers that count no more: a gang is made when all of them answer."""
+    if not situation.was_created:
+        return situation.status.server_restarts
+    return count_restarts(situation.server_pods) or None
 
 
 def charge(situation: Situation, cause: Cause) -> Verdict:

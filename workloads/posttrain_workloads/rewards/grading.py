@@ -180,7 +180,8 @@ class Grader(Protocol):
 class GradingPool:
     """Worker processes that grade; every method may be called from any thread.
 
-    Processes are started for the first answer, and end with `close`, or with this process, however it ends.
+    The server starts with the pool, and the workers with the first answers. All end with `close`, or with this process,
+    however it ends.
     """
 
     def __init__(self, workers: int, *, cpu_seconds: float = CPU_SECONDS) -> None:
@@ -191,7 +192,7 @@ class GradingPool:
         self._channels: set[_Channel] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._server: _Server | None = None
+        self._server: _Server | None = _Server()
         self._known: dict[bytes, bool | None] = {}
 
     def grade(self, config: Config, golds: Sequence[str], answers: Sequence[str]) -> list[bool | None]:

@@ -198,6 +198,7 @@ def test_of_what_a_grpo_run_learns_from_only_the_checks_can_be_edited(api: TestC
         ("spec.grpo.args.max_steps=10", f"grpo.args {CANNOT_CHANGE}"),
         ("spec.grpo.trainerClass=mine:Trainer", f"grpo.trainerClass {CANNOT_CHANGE}"),
         ("spec.grpo.rolloutFunction=mine:turns", f"grpo.rolloutFunction {CANNOT_CHANGE}"),
+        ("spec.grpo.sandbox={mode: E2B}", "modes E2B and Morph need the Secret with their key in apiKeySecretRef"),
         ("spec.grpo.signal.deadReward.bound='1.5'", "spec.grpo.signal.deadReward.bound in body should match"),
         ("spec.grpo.signal.deadReward.policy=Ignore", f'Unsupported value: "Ignore": {SUPPORTED}Warn", "Suspend"'),
     ):

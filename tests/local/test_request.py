@@ -177,6 +177,11 @@ def test_a_machine_without_the_walls_of_the_sandbox_is_told_what_else_can_run_pr
     )
     assert load(folder, machine=LAPTOP, **PROGRAMS).run.spec.own_sandbox is not None
     assert load(folder, machine=mac, **{**PROGRAMS, "prepare": {"dryRun": True}}).run.spec.own_sandbox is not None
+    rented = {**PROGRAMS["grpo"], "sandbox": {"mode": "E2B", "apiKeySecretRef": {"name": "e2b", "key": "k"}}}
+    (problem,) = refusal(folder, machine=mac, **{**PROGRAMS, "grpo": rented})
+    assert problem.startswith(
+        "spec.grpo.sandbox.apiKeySecretRef: Secret e2b is an object of a cluster: say which folder"
+    )
     piston = {"mode": "Piston", "endpoints": ["http://127.0.0.1:2000"]}
     elsewhere = {"sft": None, "grpo": {**PROGRAMS["grpo"], "sandbox": piston}}
     assert load(folder, machine=mac, **elsewhere).run.spec.own_sandbox is None

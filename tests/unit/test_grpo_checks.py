@@ -56,6 +56,7 @@ def test_sft_and_grpo_exclude_each_other_and_one_is_needed() -> None:
 
 
 COLOCATE = {"mode": "Colocate"}
+KEY = {"name": "e2b", "key": "api-key"}
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"rewards": []}, "spec.grpo.rewards", "is empty: at least 1 is needed"),
     ({"rewards": [{"name": "acuracy"}]}, "spec.grpo.rewards[0].name", "did you mean accuracy?"),
@@ -75,8 +76,12 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "write -0.5",
     ),
     ({"sandbox": {"mode": "Piston"}}, "spec.grpo.sandbox.endpoints", "mode Piston needs the addresses of its servers"),
-    ({"sandbox": {"endpoints": ["http://piston:2000"]}}, "spec.grpo.sandbox.endpoints", "and mode Local has none"),
-    ({"sandbox": {"mode": "E2B"}}, "spec.grpo.sandbox.mode", 'must be one of Local or Piston, not the string "E2B"'),
+    ({"sandbox": {"endpoints": ["http://piston:2000"]}}, "spec.grpo.sandbox.endpoints", "and no other mode has any"),
+    ({"sandbox": {"mode": "e2b"}}, "spec.grpo.sandbox.mode", "must be one of Local, Piston, E2B or Morph, not the str"),
+    ({"sandbox": {"mode": "E2B"}}, "spec.grpo.sandbox.apiKeySecretRef", "modes E2B and Morph need the Secret with the"),
+    ({"sandbox": {"apiKeySecretRef": KEY}}, "spec.grpo.sandbox.apiKeySecretRef", "and no other mode has one"),
+    ({"sandbox": {"mode": "Morph", "apiKeySecretRef": KEY}}, "spec.grpo.sandbox.template", "mode Morph needs the snap"),
+    ({"sandbox": {"template": "base"}}, "spec.grpo.sandbox.template", "template is for the machines of E2B and Morph"),
     (
         {"signal": {"klDivergence": {"policy": "Suspend"}}},
         "spec.grpo.signal.klDivergence.policy",
@@ -288,3 +293,18 @@ def test_servers_of_ones_own_take_the_place_of_the_sandbox() -> None:
     assert own_urls == {"http://demo-sandbox:2000"}
     assert urls == {"http://piston:2000,http://piston:2001/api/v2"}
     assert planned_of({})[1] == set()
+
+
+def test_the_machines_of_a_service_need_no_objects_and_their_key_reaches_prepare_and_the_gang_from_its_secret() -> None:
+    grpo = {**CODE, "sandbox": {"mode": "E2B", "apiKeySecretRef": KEY}}
+
+    kinds, urls = planned_of(grpo)
+
+    assert (kinds & {"Deployment", "Service"}, urls) == (planned_of({})[0] & {"Deployment", "Service"}, set())
+    objects = preview_training_run(parse_training_run(build_resource(grpo=grpo)), now=T0, settings=Settings())
+    (prepare,) = (manifest for manifest in objects if manifest["kind"] == "Job")
+    (job,) = (manifest for manifest in objects if manifest["kind"] == "PyTorchJob")
+    for template in (prepare["spec"]["template"], job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]):
+        (container,) = template["spec"]["containers"]
+        given = [variable for variable in container["env"] if variable["name"] == "POSTTRAIN_SANDBOX_KEY"]
+        assert given == [{"name": "POSTTRAIN_SANDBOX_KEY", "valueFrom": {"secretKeyRef": KEY}}]

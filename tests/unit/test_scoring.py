@@ -10,6 +10,8 @@ import pytest
 
 from posttrain.api.training_run import TrainingRunSpec
 from posttrain.contract.config import GangShape, HubSource, RunIdentity, TrainingConfig
+from posttrain_workloads.rewards.execution import PistonSandbox
+from posttrain_workloads.rewards.rented import RentedSandbox
 from posttrain_workloads.runtime import RankFailure
 from posttrain_workloads.scoring import WatchedReward, open_sandbox
 
@@ -116,8 +118,18 @@ def test_the_ranks_share_what_the_sandboxes_take_at_the_same_time(ranks: int, pa
 
     sandbox = open_sandbox(config, environ={"POSTTRAIN_SANDBOX_URLS": ",".join(endpoints)})
 
-    assert sandbox is not None
+    assert isinstance(sandbox, PistonSandbox)
     assert (list(sandbox.urls), sandbox.parallel) == (endpoints, parallel)
+
+
+def test_a_service_lends_the_ranks_together_as_many_machines_as_programs_run_at_the_same_time() -> None:
+    key = {"name": "e2b", "key": "api-key"}
+    config = build_config(ranks=2, sandbox={"mode": "E2B", "apiKeySecretRef": key, "concurrency": 6, "memoryMib": 100})
+
+    sandbox = open_sandbox(config, environ={"POSTTRAIN_SANDBOX_KEY": "secret"})
+
+    assert isinstance(sandbox, RentedSandbox)
+    assert (sandbox.name, sandbox.parallel, sandbox.max_memory_bytes) == ("E2B", 3, 100 << 20)
 
 
 def build_config(*, ranks: int, sandbox: dict[str, Any]) -> TrainingConfig:

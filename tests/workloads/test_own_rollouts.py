@@ -1,4 +1,4 @@
-"""A run whose completions its own function makes, by `posttrain run`: in two turns, and wrongly."""
+"""A run whose completions its own function or environment makes, by `posttrain run`: rightly and wrongly."""
 
 from __future__ import annotations
 
@@ -58,3 +58,28 @@ def test_a_rollout_that_cannot_be_trained_on_ends_the_run_with_what_to_mend(comm
     assert (failure.reason, failure.exit_code) == ("RolloutFunctionFailed", 2)
     assert failure.message is not None
     assert "faults:complete_twice returns 8 prompt_ids for 4 prompts: one for each, since" in failure.message
+
+
+def test_the_tools_of_an_environment_are_called_and_its_own_reward_counts(
+    command: Command, trainer_python: Path
+) -> None:
+    [templates] = trainer_python.parents[1].glob("lib/*/site-packages/trl/chat_templates")
+    command.spec["model"]["chatTemplate"] = (templates / "qwen2_5.jinja").read_text()
+    command.spec["code"]["path"] = str(Path(__file__).with_name("own_code"))
+    command.spec["grpo"] |= {
+        "rolloutFunction": "guessing:Guess",
+        "trainerClass": "guessing:GuessingTrainer",
+        "rewards": [{"function": "guessing:told"}],
+    }
+    command.spec["grpo"]["args"] |= {"max_completion_length": 200, "max_steps": 1}
+
+    code, output = command.start().wait()
+
+    assert code == 0, output + command.logs()
+    [metrics] = [
+        fact.body.metrics for fact in command.facts() if fact.body.type == "Logged" and "loss" in fact.body.metrics
+    ]
+    # Each guessed once, half of them right: the model was told so, and the environment rewards it.
+    assert {name: float(metrics[f"rewards/{name}/mean"]) for name in ("told", "Guess")} == {"told": 0.5, "Guess": 0.5}
+    assert float(metrics["tools/call_frequency"]) == 1
+    assert float(metrics["tools/failure_frequency"]) == 0

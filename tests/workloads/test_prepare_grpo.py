@@ -12,6 +12,7 @@ from tests.workloads._prepare_configs import run_cases, write_jsonl
 
 pytestmark = pytest.mark.workloads
 
+SERVICES = {"E2B_API_URL": "http://127.0.0.1:9", "MORPH_BASE_URL": "http://127.0.0.1:9"}
 OWN_CODE = {
     "good_rewards.py": "def fair(completions, answer, **columns):\n    return [float(a) for a in answer]\n",
     "bad_rewards.py": (
@@ -38,7 +39,16 @@ OWN_CODE = {
         "def three(prompts, trainer, tries):\n    return {}\n\n"
         "async def awaited(prompts, trainer):\n    return {}\n\n"
         "class Made:\n    pass\n\n"
-        "made = Made()\n"
+        "made = Made()\n\n"
+        "class Game:\n"
+        "    def reset(self, **row):\n        return None\n\n"
+        "    def guess(self, number: int) -> str:\n"
+        "        'Say it.\\n\\nArgs:\\n    number: a number'\n"
+        "        return 'no'\n\n"
+        "class Mute(Game):\n"
+        "    def shout(self, number):\n        return 'no'\n\n"
+        "class Broken(Game):\n"
+        "    def __init__(self):\n        raise OSError('no board')\n"
     ),
 }
 
@@ -64,7 +74,7 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         config = build_grpo_config(model=tiny_model, rows=rows, rewards=given, **more)
         sandbox = config.spec.used_sandbox
         urls = ",".join(sandbox.endpoints or ()) if sandbox is not None else ""
-        environ = {"environ": {"POSTTRAIN_SANDBOX_URLS": urls}} if urls else {}
+        environ = {"environ": {"POSTTRAIN_SANDBOX_URLS": urls, "POSTTRAIN_SANDBOX_KEY": "e2b_x", **SERVICES}}
         return {"name": name, "config": config, "code": str(folder / "code"), **environ}
 
     cases = [
@@ -94,6 +104,9 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         case("a server that is none", {"name": "code"}, grpo={
             "sandbox": {"mode": "Piston", "endpoints": ["http://127.0.0.1:9"]}
         }),
+        case("a service that is none", {"name": "code"}, grpo={
+            "sandbox": {"mode": "Morph", "apiKeySecretRef": {"name": "morph", "key": "k"}, "template": "snapshot_x"}
+        }),
         case("async", {"function": "async_rewards:fair"}, {"function": "async_rewards:few"}),
         case("strict", {"function": "strict_rewards:as_in_a_step"}),
         case("rollouts", {"name": "cosine"}, {"function": "bad_rewards:fails"}, rows=write_jsonl(
@@ -101,8 +114,12 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         ), grpo={"rolloutFunction": "rollouts:right"}),
         *(
             case(name, grpo={"rolloutFunction": name})
-            for name in ("rollouts:three", "rollouts:awaited", "rollouts:Made", "rollouts:made", "rollouts:other")
+            for name in (
+                *("rollouts:three", "rollouts:awaited", "rollouts:Made", "rollouts:made", "rollouts:other"),
+                *("rollouts:Game", "rollouts:Mute", "rollouts:Broken"),
+            )
         ),
+        case("together", grpo={"rolloutFunction": "rollouts:Game"}, ranks=2, parallelism={"strategy": "ZeRO3"}),
         case("cispo", args={"loss_type": "cispo"}),
         case("cispo with a bound", args={"loss_type": "cispo", "epsilon_high": 5.0}),
         case("reference", args={"beta": 0.1}, model_fields={"config": {"rope_theta": 5.0}}),
@@ -145,15 +162,20 @@ BAD = [
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:few returns 1 values for 6 completions"),
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 6 completions"),
     ("a server that is none", "SandboxUnreachable", "the sandbox http://127.0.0.1:9/api/v2 does not answer as Piston"),
+    ("a service that is none", "SandboxUnreachable", "spec.grpo.sandbox: no machine of Morph ran it in 3 attempts; th"),
     ("a server that is none", "DatasetColumnMissing", "reward code reads the column verification_info"),
     ("async", "RewardFunctionFailed", "spec.grpo.rewards[1].function: async_rewards:few returns 1 values for 6 comp"),
     ("vllm elsewhere", "PackageMissing", "spec.grpo.rollout.mode: Colocate needs the package vllm, which is not inst"),
     ("vllm elsewhere", "ConfigInvalid", "spec.grpo.args.vllm_max_model_length: 20 tokens are fewer than the longest p"),
     ("rollouts:three", "CodeImportFailed", "calls rollouts:three(prompts, trainer): missing a required argument: 'tri"),
     ("rollouts:awaited", "CodeImportFailed", "rollouts:awaited is async def, and the trainer does not await it"),
-    ("rollouts:Made", "CodeImportFailed", "rollouts:Made is a class, and it takes a function of prompts and trainer"),
+    ("rollouts:Made", "CodeImportFailed", "rollouts:Made is a class without a method reset, which begins an episode"),
     ("rollouts:made", "CodeImportFailed", "rollouts:made is of type Made, and it takes a function of prompts and tra"),
-    ("rollouts:other", "CodeImportFailed", "spec.grpo.rolloutFunction: module rollouts has no other; it defines Made"),
+    ("rollouts:Game", "ConfigInvalid", "the model's chat template knows no tools: name one of TRL's in spec.model.ch"),
+    ("rollouts:Mute", "CodeImportFailed", "Mute.shout cannot be shown to the model as a tool: "),
+    ("rollouts:Broken", "CodeImportFailed", "OSError: no board"),
+    ("together", "ConfigInvalid", "with spec.parallelism.strategy: ZeRO3 the ranks generate together, and would wai"),
+    ("rollouts:other", "CodeImportFailed", "spec.grpo.rolloutFunction: module rollouts has no other; it defines Brok"),
     ("reference", "ConfigInvalid", "the reference model is loaded without the overrides of spec.model.config"),
 ]  # fmt: skip
 

@@ -30,7 +30,7 @@ def train(rank: Rank) -> None:
 
     from posttrain_workloads.data import load_mixture
     from posttrain_workloads.model import build_peft_config, load_model, load_tokenizer
-    from posttrain_workloads.own_rollouts import load_rollout_function
+    from posttrain_workloads.own_rollouts import load_rollouts
     from posttrain_workloads.owncode import build_callbacks, load_trainer_class
     from posttrain_workloads.rollout_modes import set_up_rollouts
     from posttrain_workloads.rollouts import RolloutCallback, Watch, watch_rollouts
@@ -39,7 +39,7 @@ def train(rank: Rank) -> None:
     assert_world_size(config)  # before anything is written: two gangs of one would both be rank 0 of one storage
     set_seed(args.seed)
     callbacks, trainer_class = build_callbacks(config), load_trainer_class(config)
-    rollout_function = load_rollout_function(config)
+    rollouts = load_rollouts(config)
     rewards = build_rewards(config, environ=environ)
     found = choose_checkpoint(rank)
 
@@ -72,7 +72,7 @@ def train(rank: Rank) -> None:
         train_dataset=number_rows(mixture.train),
         eval_dataset=number_rows(mixture.test) if mixture.test is not None else None,
         peft_config=build_peft_config(config),
-        **({"rollout_func": rollout_function} if rollout_function is not None else {}),
+        **rollouts,
     )
 
 

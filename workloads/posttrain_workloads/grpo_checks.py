@@ -17,7 +17,8 @@ from posttrain_workloads.data import Mixture, load_mixture
 from posttrain_workloads.forecast import forecast_memory
 from posttrain_workloads.formats import scan_rows
 from posttrain_workloads.outcome import KnownModel, Outcome
-from posttrain_workloads.own_rollouts import load_rollout_function
+from posttrain_workloads.own_environments import check_environment
+from posttrain_workloads.own_rollouts import ENVIRONMENT, load_rollouts
 from posttrain_workloads.problems import Findings, Problem, refuse
 from posttrain_workloads.prompts import PROMPT, shape_prompts
 from posttrain_workloads.reward_checks import check_columns, check_endpoints, try_own_rewards
@@ -44,7 +45,9 @@ def check_grpo(
     with findings.collect():
         rewards = build_rewards(config, environ=environ)
     with findings.collect():
-        load_rollout_function(config)
+        environment = load_rollouts(config).get(ENVIRONMENT)
+        if environment is not None and model.tokenizer is not None:
+            check_environment(environment, model.tokenizer)
     check_endpoints(config, findings, environ=environ)
     check_reference(config, findings)
     check_loss(config, findings)

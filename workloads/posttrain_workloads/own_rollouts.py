@@ -24,13 +24,13 @@ from posttrain.contract.config import TrainingConfig
 from posttrain.contract.result import ExitCode
 from posttrain_workloads import _compat
 from posttrain_workloads.failures import UNKNOWN, explain_failure
+from posttrain_workloads.own_environments import PATH, REASON, watch_environment
 from posttrain_workloads.owncode import load_entry_point
 from posttrain_workloads.problems import last_lines, refuse
 from posttrain_workloads.prompts import RESERVED
 from posttrain_workloads.runtime import RankFailure
 
-REASON = "RolloutFunctionFailed"
-_PATH = "spec.grpo.rolloutFunction"
+ENVIRONMENT = "environment_factory"
 _PROMPTS, _COMPLETIONS, _LOGPROBS, _MASK = "prompt_ids", "completion_ids", "logprobs", "env_mask"
 _TRLS = (_PROMPTS, _COMPLETIONS, _LOGPROBS)
 
@@ -57,8 +57,8 @@ def generate(trainer: Any, prompt_ids: Tokens) -> tuple[Tokens, list[list[float 
 # --- For the trainer -------------------------------------------------------------------------------------------------
 
 
-def load_rollout_function(config: TrainingConfig) -> RolloutFunction | None:
-    """Return what TRL is to call for its rollouts; None where the model completes each prompt once.
+def load_rollouts(config: TrainingConfig) -> dict[str, Any]:
+    """Return what TRL's trainer is given for its rollouts; nothing where the model completes each prompt once.
 
     Raises:
         InvalidInputs: it does not import, or cannot be called as TRL calls it.
@@ -66,19 +66,22 @@ def load_rollout_function(config: TrainingConfig) -> RolloutFunction | None:
     assert config.spec.grpo is not None
     name = config.spec.grpo.rollout_function
     if name is None:
-        return None
-    found = load_entry_point(name, path=_PATH)
-    if inspect.isclass(found) or not callable(found):
-        what = "a class" if inspect.isclass(found) else f"of type {type(found).__name__}"
-        raise refuse("CodeImportFailed", f"{_PATH}: {name} is {what}, and it takes a function of prompts and trainer")
+        return {}
+    found = load_entry_point(name, path=PATH)
+    if inspect.isclass(found):
+        return {ENVIRONMENT: watch_environment(name, found, config)}
+    if not callable(found):
+        what = f"of type {type(found).__name__}"
+        message = f"{name} is {what}, and it takes a function of prompts and trainer, or a class of environments"
+        raise refuse("CodeImportFailed", f"{PATH}: {message}")
     if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(found.__call__):
         message = "is async def, and the trainer does not await it: write def, with asyncio.run inside"
-        raise refuse("CodeImportFailed", f"{_PATH}: {name} {message}")
+        raise refuse("CodeImportFailed", f"{PATH}: {name} {message}")
     try:
         inspect.signature(found).bind([], None)
     except (TypeError, ValueError) as error:
-        raise refuse("CodeImportFailed", f"{_PATH}: the trainer calls {name}(prompts, trainer): {error}") from error
-    return RolloutFunction(name, found)
+        raise refuse("CodeImportFailed", f"{PATH}: the trainer calls {name}(prompts, trainer): {error}") from error
+    return {"rollout_func": RolloutFunction(name, found)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class RolloutFunction:
             if explain_failure(error).reason != UNKNOWN:
                 raise
             message = f"fails on {len(prompts)} prompts:\n{last_lines(error, skip=__file__)}"
-            raise RankFailure(REASON, f"{_PATH}: {self.name} {message}") from error
+            raise RankFailure(REASON, f"{PATH}: {self.name} {message}") from error
         try:
             return _check_rollout(
                 returned,
@@ -110,7 +113,7 @@ class RolloutFunction:
                 compared=trainer.use_vllm and trainer.vllm_importance_sampling_correction,
             )
         except _Unusable as error:
-            raise RankFailure(REASON, f"{_PATH}: {self.name} returns {error}", exit_code=ExitCode.INVALID) from None
+            raise RankFailure(REASON, f"{PATH}: {self.name} returns {error}", exit_code=ExitCode.INVALID) from None
 
 
 class _Unusable(Exception):

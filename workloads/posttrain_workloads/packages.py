@@ -35,6 +35,7 @@ _ATTENTION = {
 }
 _MATH = ("math_verify", "math-verify")
 _REWARDS = {"accuracy": _MATH, "cosine": _MATH, "length": _MATH}
+_SANDBOXES = {"E2B": ("e2b_code_interpreter", "e2b-code-interpreter"), "Morph": ("morphcloud", "morphcloud")}
 _BITSANDBYTES = ("bitsandbytes", "bitsandbytes")
 # transformers 5.23, trainer_optimizer.py: the first prefix that fits says what an optimizer is imported from.
 _OPTIMIZERS: Mapping[str, tuple[str, str]] = {
@@ -83,6 +84,9 @@ def implied_packages(spec: TrainingRunSpec, args: JsonObject) -> tuple[Requireme
             found.append(Requirement(*_REWARDS[reward.name], f"{place}.name: {reward.name}"))
         elif reward.name == "repetition_penalty" and reward.params.get("language") == "zh":
             found.append(Requirement("jieba", "jieba", f"{place}.params.language: zh"))
+    sandbox = spec.used_sandbox
+    if sandbox is not None and sandbox.mode in _SANDBOXES:
+        found.append(Requirement(*_SANDBOXES[sandbox.mode], f"spec.grpo.sandbox.mode: {sandbox.mode}"))
     if spec.parallelism.strategy.startswith("ZeRO"):
         because = f"spec.parallelism.strategy: {spec.parallelism.strategy}"
         found.append(Requirement("deepspeed", "deepspeed", because))

@@ -26,11 +26,11 @@ TRIED_ROWS = 3
 
 
 def check_endpoints(config: TrainingConfig, findings: Findings, *, environ: Mapping[str, str]) -> None:
-    """See that servers for programs that are not ours answer, and have any language; ours is not there yet."""
+    """See that servers and machines for programs that are not ours answer, and have any language; ours is to come."""
     used, sandbox = config.spec.used_sandbox, open_sandbox(config, environ=environ)
     if used is None or sandbox is None or used.mode == "Local":
         return
-    path = "spec.grpo.sandbox.endpoints"
+    path = "spec.grpo.sandbox" if used.is_rented else "spec.grpo.sandbox.endpoints"
     try:
         languages = sandbox.languages()
     except ExecutionError as error:
@@ -38,7 +38,7 @@ def check_endpoints(config: TrainingConfig, findings: Findings, *, environ: Mapp
         return
     for url, known in languages.items():
         if not known:
-            message = f"{path}: the sandbox {url} has no language: install its packages, python and gcc"
+            message = f"{path}: the sandbox {url} has no language: install python and gcc there"
             findings.add(Problem("SandboxUnreachable", message))
 
 

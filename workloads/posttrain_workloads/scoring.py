@@ -21,6 +21,7 @@ from posttrain_workloads import rewards
 from posttrain_workloads.owncode import load_entry_point
 from posttrain_workloads.problems import Findings, InvalidInputs, last_lines
 from posttrain_workloads.rewards.execution import PistonSandbox
+from posttrain_workloads.rewards.rented import RentedSandbox, open_machine
 from posttrain_workloads.runtime import RankFailure
 
 REASON = "RewardFunctionFailed"
@@ -173,7 +174,7 @@ def build_rewards(config: TrainingConfig, *, environ: Mapping[str, str]) -> list
     return built
 
 
-def open_sandbox(config: TrainingConfig, *, environ: Mapping[str, str]) -> PistonSandbox | None:
+def open_sandbox(config: TrainingConfig, *, environ: Mapping[str, str]) -> PistonSandbox | RentedSandbox | None:
     """Return the sandbox that the run's rewards use; None where none of them runs programs. Nothing is sent yet.
 
     The ranks share what it takes at the same time; each of them sends it one program at least.
@@ -181,14 +182,16 @@ def open_sandbox(config: TrainingConfig, *, environ: Mapping[str, str]) -> Pisto
     used = config.spec.used_sandbox
     if used is None:
         return None
+    at_once, memory_bytes = max(used.concurrency // config.gang.world_size, 1), used.memory_mib * _MIB
+    if used.is_rented:
+        lend = open_machine(used.mode, api_key=environ[environment.SANDBOX_KEY], template=used.template)
+        return RentedSandbox(used.mode, lend, parallel=at_once, max_memory_bytes=memory_bytes)
     return PistonSandbox(
-        environ[environment.SANDBOX_URLS].split(","),
-        per_endpoint=max(used.concurrency // config.gang.world_size, 1),
-        max_memory_bytes=used.memory_mib * _MIB,
+        environ[environment.SANDBOX_URLS].split(","), per_endpoint=at_once, max_memory_bytes=memory_bytes
     )
 
 
-def _build(reward: Reward, *, sandbox: PistonSandbox | None, path: str) -> Score:
+def _build(reward: Reward, *, sandbox: PistonSandbox | RentedSandbox | None, path: str) -> Score:
     if reward.name is not None:
         score: Score = rewards.build(reward.name, sandbox=sandbox, **reward.params)
         return score

@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints
 from posttrain.api.base import ApiModel, Decimal, Distinct, JsonObject, ShortText
 from posttrain.api.rules import Rule
 from posttrain.api.servers import RolloutServers
-from posttrain.api.shapes import EntryPoint
+from posttrain.api.shapes import EntryPoint, SecretKey
 from posttrain.api.signal import Signal
 
 
@@ -61,13 +61,17 @@ PistonAddress = Annotated[
 """The address of a server that speaks Piston's API, with or without `/api/v2` behind."""
 
 
+_RENTED = frozenset({"E2B", "Morph"})
+
+
 class Sandbox(ApiModel):
     """Where programs out of completions run, for the rewards that need it."""
 
-    mode: Literal["Local", "Piston"] = Field(
+    mode: Literal["Local", "Piston", "E2B", "Morph"] = Field(
         default="Local",
         description="Local: posttrain's own sandbox, a pod beside the trainer that goes when the run ends. Piston: "
-        "servers of your own that speak Piston's API. Default: Local.",
+        "servers of your own that speak Piston's API. E2B, Morph: machines that these services lend, one for each "
+        "program that runs at the same time. Default: Local.",
         examples=["Local"],
     )
     endpoints: Annotated[tuple[PistonAddress, ...], Field(min_length=1, max_length=32), Distinct()] | None = Field(
@@ -75,12 +79,23 @@ class Sandbox(ApiModel):
         description="Addresses of the servers, which share the work; for Piston, and for nothing else.",
         examples=[["http://piston.tools.svc:2000"]],
     )
+    api_key_secret_ref: SecretKey | None = Field(
+        default=None,
+        description="Secret with the key to E2B or Morph.",
+        examples=[{"name": "e2b", "key": "api-key"}],
+    )
+    template: ShortText | None = Field(
+        default=None,
+        description="What a machine of E2B (a template) or of Morph (a snapshot, which has to be named) begins with: "
+        "Linux with python3, and with g++ for C++. Default: E2B's own template for running code.",
+        examples=["snapshot_7xk1a2b3"],
+    )
     concurrency: int = Field(
         default=4,
         ge=1,
         le=256,
         description="How many programs run at the same time. The local sandbox gets a CPU for each, and one more; "
-        "with Piston it is the number for each server. Default: 4.",
+        "with Piston it is the number for each server, with E2B and Morph the number of machines. Default: 4.",
         examples=[4],
     )
     memory_mib: int = Field(
@@ -103,11 +118,34 @@ class Sandbox(ApiModel):
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
             field="endpoints",
-            message="mode Piston needs the addresses of its servers in endpoints, and mode Local has none",
+            message="mode Piston needs the addresses of its servers in endpoints, and no other mode has any",
             cel="(self.mode == 'Piston') == has(self.endpoints)",
             holds=lambda sandbox: (sandbox["mode"] == "Piston") == ("endpoints" in sandbox),
         ),
+        Rule(
+            field="apiKeySecretRef",
+            message="modes E2B and Morph need the Secret with their key in apiKeySecretRef, and no other mode has one",
+            cel="(self.mode in ['E2B', 'Morph']) == has(self.apiKeySecretRef)",
+            holds=lambda sandbox: (sandbox["mode"] in _RENTED) == ("apiKeySecretRef" in sandbox),
+        ),
+        Rule(
+            field="template",
+            message="mode Morph needs the snapshot that its machines begin with in template",
+            cel="self.mode != 'Morph' || has(self.template)",
+            holds=lambda sandbox: sandbox["mode"] != "Morph" or "template" in sandbox,
+        ),
+        Rule(
+            field="template",
+            message="template is for the machines of E2B and Morph: leave it out, or name one of them in mode",
+            cel="self.mode in ['E2B', 'Morph'] || !has(self.template)",
+            holds=lambda sandbox: sandbox["mode"] in _RENTED or "template" not in sandbox,
+        ),
     )
+
+    @property
+    def is_rented(self) -> bool:
+        """Whether the machines are those of a service, to which a key is needed."""
+        return self.mode in _RENTED
 
 
 class Rollout(ApiModel):
@@ -157,8 +195,9 @@ class Grpo(ApiModel):
     rollout_function: EntryPoint | None = Field(
         default=None,
         description="`module:name` in `code` of a function that makes the completions, in several turns or with what "
-        "an environment answers: it is given the prompts of a rank and the trainer. docs/rollouts.md says what it "
-        "returns. Default: none, the model completes each prompt once.",
+        "an environment answers: it is given the prompts of a rank and the trainer; or of a class of environments, "
+        "whose methods the model calls as tools. docs/rollouts.md says more. Default: none, the model completes each "
+        "prompt once.",
         examples=["turns:answer_twice"],
     )
     rewards: tuple[Reward, ...] = Field(

@@ -247,9 +247,9 @@ _CATALOGUE = (
     ),
     Reason(
         name="SandboxUnreachable",
-        message="A server in spec.grpo.sandbox.endpoints does not answer as Piston does.",
-        advice="Check the address, that the server runs and has its languages installed, and that no network policy "
-        "keeps the run's pods from it.",
+        message="What runs programs for spec.grpo.sandbox does not answer as it should.",
+        advice="Check the addresses of Piston servers, or the key and template of E2B or Morph; that languages are "
+        "installed there; and that no network policy keeps the run's pods from it.",
     ),
     # Waiting
     Reason(

@@ -144,6 +144,10 @@ def _used_secrets(spec: TrainingRunSpec) -> Iterator[tuple[str, str, str | None]
     token = spec.access.hub_token_secret_ref
     if token is not None:
         yield "spec.access.hubTokenSecretRef", token.name, token.key
+    sandbox = spec.used_sandbox
+    if sandbox is not None and sandbox.api_key_secret_ref is not None:
+        key = sandbox.api_key_secret_ref
+        yield "spec.grpo.sandbox.apiKeySecretRef", key.name, key.key
     if spec.tracking.secret_ref is not None:
         yield "spec.tracking.secretRef", spec.tracking.secret_ref, None
     for i, name in enumerate((spec.pod_overrides and spec.pod_overrides.env_from_secrets) or ()):

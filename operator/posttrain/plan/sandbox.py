@@ -39,7 +39,7 @@ _GRACE_SECONDS = 5
 def sandbox_urls(run: TrainingRun) -> tuple[str, ...]:
     """Return where the programs out of the run's completions are sent."""
     used = run.spec.used_sandbox
-    if used is None:
+    if used is None or used.is_rented:
         return ()
     return used.endpoints or (f"http://{names.sandbox_name(run.metadata.name)}:{_PORT}",)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from posttrain.api.shapes import SecretKey
 from posttrain.api.training_run import TrainingRun
 from posttrain.contract import environment
 from posttrain.contract.config import ResolvedSource
@@ -399,6 +400,10 @@ def _field(name: str, path: str) -> dict[str, Any]:
     return {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
 
 
+def _secret(name: str, ref: SecretKey) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": ref.name, "key": ref.key}}}
+
+
 def _threads(cpu: str, *, ranks: int) -> int:
     return max(int(parse_quantity(cpu) / ranks), 1)
 
@@ -431,8 +436,10 @@ def _common_env(inputs: PodInputs, *, reports: bool = True) -> list[dict[str, An
     if access.hub_endpoint:
         env.append(_variable("HF_ENDPOINT", access.hub_endpoint))
     if access.hub_token_secret_ref:
-        secret = {"name": access.hub_token_secret_ref.name, "key": access.hub_token_secret_ref.key}
-        env.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": secret}})
+        env.append(_secret("HF_TOKEN", access.hub_token_secret_ref))
+    sandbox = inputs.run.spec.used_sandbox if reports else None  # rollout servers reward nothing
+    if sandbox is not None and sandbox.api_key_secret_ref is not None:
+        env.append(_secret(environment.SANDBOX_KEY, sandbox.api_key_secret_ref))
     return [*env, _variable("PYTHONUNBUFFERED", "1"), _variable("TOKENIZERS_PARALLELISM", "false")]
 
 

@@ -144,7 +144,7 @@ class PistonSandbox:
             endpoint.rests_until = 0.0
             if status == 200:
                 self._hopeless_until = 0.0
-                return _parse(answer, url=endpoint.url)
+                return parse_answer(answer, url=endpoint.url)
             failure = f"{endpoint.url}: status {status}: {_message(answer)}"
             if status not in _BUSY:
                 raise ExecutionError(failure)
@@ -246,7 +246,12 @@ def _message(answer: bytes) -> str:
         return answer[:200].decode(errors="replace")
 
 
-def _parse(answer: bytes, *, url: str) -> Execution:
+def parse_answer(answer: bytes, *, url: str) -> Execution:
+    """Return what came of a program, from an answer in Piston's form of whoever is named.
+
+    Raises:
+        ExecutionError: it is none, or tells of a failure that is not the program's.
+    """
     try:
         stages: Mapping[str, Any] = json.loads(answer)
         compiling = stages.get("compile")

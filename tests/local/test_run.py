@@ -192,7 +192,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(place: Place) -> None:
     process.send_signal(signal.SIGINT)
     wait_for(lambda: place.resource.spec.suspend, what="the suspension")
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=60)
 
     assert process.returncode == 130, output
     await_gone(below, seconds=0.1)

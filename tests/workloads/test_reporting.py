@@ -214,7 +214,7 @@ def test_what_the_server_has_taken_is_sent_again_when_it_asks_for_it(tmp_path: P
     assert server.wait_for(lambda s: s.reports)
     reporter.send(logged(2))
 
-    assert server.wait_for(lambda s: len(with_facts(s)) >= 2, seconds=5)
+    assert server.wait_for(lambda s: len(with_facts(s)) >= 2)
     assert with_facts(server)[:2] == [[1], [1, 2]]
     reporter.close()
 
@@ -227,7 +227,7 @@ def test_urgent_news_goes_at_once_with_all_that_waits(tmp_path: Path) -> None:
     reporter.send(logged(2))
     reporter.send(CheckpointSaved(step=2, uri="pvc://c/checkpoint-2", bytes=1, digest="d"))
 
-    assert server.wait_for(lambda s: s.taken, seconds=2)
+    assert server.wait_for(lambda s: s.taken)
     assert with_facts(server) == [[1], [1, 2, 3]]
     assert FactLog(tmp_path / "facts.jsonl").last_seq(attempt=1, source="rank-0") == 3
     assert reporter.close(timeout_seconds=20)
@@ -240,7 +240,7 @@ def test_a_process_that_ends_waits_for_what_the_server_has_taken(tmp_path: Path)
     reporter.send(logged(1))
     assert server.wait_for(lambda s: s.reports)
 
-    assert reporter.close(timeout_seconds=5)
+    assert reporter.close(timeout_seconds=20)
     assert [report.waiting for report in server.reports if report.facts] == [False, True]
 
 
@@ -265,7 +265,7 @@ def test_more_than_a_report_holds_is_waited_for(tmp_path: Path) -> None:
     reporter = build_reporter(tmp_path / "facts.jsonl", server, attempt=2)
     reporter.resend()
 
-    assert server.wait_for(lambda s: len(with_facts(s)) == 2, seconds=5)
+    assert server.wait_for(lambda s: len(with_facts(s)) == 2)
     assert [(len(report.facts), report.waiting) for report in server.reports[:2]] == [(256, True), (44, False)]
     reporter.close()
 
@@ -275,7 +275,7 @@ def test_beats_go_on_while_facts_wait(tmp_path: Path) -> None:
     client = FactClient(server.url, token_file=None, ca_file=None)
     reporter = Reporter(attempt=1, source="rank-0", log=None, client=client, beat_seconds=0.2)
     reporter.send(PhaseChanged(phase="loading"))
-    assert server.wait_for(lambda s: len(s.reports) >= 3, seconds=10)
+    assert server.wait_for(lambda s: len(s.reports) >= 3)
     assert with_facts(server) == [[1]]
     reporter.close()
 

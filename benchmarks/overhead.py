@@ -125,15 +125,17 @@ def _read(variant: str, process: subprocess.Popen[str]) -> Any:
 
 def median_ratio(timed: Mapping[str, Timed], variant: str) -> float:
     """Return the median over the pairs of a variant's time to that of plain TRL."""
-    pairs = zip(timed[variant].seconds, timed[PLAIN].seconds, strict=True)
-    return statistics.median(ours / plain for ours, plain in pairs)
+    return statistics.median(_ratios(timed, variant))
 
 
 def quartiles(timed: Mapping[str, Timed], variant: str) -> str:
     """Return the middle half of those ratios, as text: what the median is worth."""
-    pairs = zip(timed[variant].seconds, timed[PLAIN].seconds, strict=True)
-    low, _, high = statistics.quantiles(ours / plain for ours, plain in pairs)
+    low, _, high = statistics.quantiles(_ratios(timed, variant))
     return f"{low:.3f} to {high:.3f}"
+
+
+def _ratios(timed: Mapping[str, Timed], variant: str) -> list[float]:
+    return [ours / plain for ours, plain in zip(timed[variant].seconds, timed[PLAIN].seconds, strict=True)]
 
 
 def trainer_interpreter() -> str:

@@ -160,3 +160,13 @@ class Bench:
         """Return `Kind name` of every object of these kinds, or of all that a run has but its pods."""
         chosen = kinds or tuple(kind for kind in CHILDREN if kind[1] != "Pod")
         return [f"{kind[1]} {item['metadata']['name']}" for kind in chosen for item in self.cluster.objects(kind)]
+
+
+def wait_out_pending_deadline(bench: Bench, *, seconds: float) -> None:
+    """See that a run that waits still does so after half of its `pendingDeadlineSeconds`, and fails after all of it."""
+    bench.wait(seconds / 2)
+    bench.settle()
+    assert bench.says("Succeeded") == ("False", "InProgress")
+    bench.wait(seconds / 2)
+    bench.settle()
+    assert bench.says("Succeeded") == ("False", "PendingDeadlineExceeded")

@@ -38,6 +38,13 @@ def problems_of(**fields: Any) -> dict[str, str]:
     return {problem.path: problem.message for problem in refused.value.problems}
 
 
+def assert_refused(path: str, said: str, **fields: Any) -> None:
+    """See that a resource has this problem and no other."""
+    found = problems_of(**fields)
+    assert list(found) == [path]
+    assert said in found[path]
+
+
 def test_a_grpo_run_is_accepted_with_its_arguments_coerced() -> None:
     run = parse_training_run(build_resource(grpo={"args": {"learning_rate": 1, "loss_type": "dr_grpo"}}))
     assert isinstance(run, TrainingRun)
@@ -135,9 +142,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("grpo", "path", "said"), BAD, ids=[path for _, path, _ in BAD])
 def test_one_mistake_is_named_with_its_place_and_its_remedy(grpo: dict[str, Any], path: str, said: str) -> None:
-    found = problems_of(grpo=grpo)
-    assert list(found) == [path]
-    assert said in found[path]
+    assert_refused(path, said, grpo=grpo)
 
 
 BAD_WITH_VLLM: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
@@ -162,9 +167,7 @@ BAD_WITH_VLLM: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
 def test_what_vllm_cannot_do_for_a_run_is_refused_with_what_can(
     spec: dict[str, Any], args: dict[str, Any], path: str, said: str
 ) -> None:
-    found = problems_of(grpo={"rollout": COLOCATE, "args": args}, **spec)
-    assert list(found) == [path]
-    assert said in found[path]
+    assert_refused(path, said, grpo={"rollout": COLOCATE, "args": args}, **spec)
 
 
 SERVER = {"mode": "Server", "server": {}}
@@ -209,9 +212,7 @@ BAD_SERVERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
 def test_what_servers_cannot_be_is_refused_with_what_they_can(
     rollout: dict[str, Any], args: dict[str, Any], path: str, said: str
 ) -> None:
-    found = problems_of(grpo={"rollout": rollout, "args": args})
-    assert list(found) == [path]
-    assert said in found[path]
+    assert_refused(path, said, grpo={"rollout": rollout, "args": args})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 from posttrain.contract.config import TrainingConfig
 from posttrain.contract.result import ExitCode
@@ -43,9 +43,7 @@ def watch_environment(name: str, kind: type[Any], config: TrainingConfig) -> typ
             try:
                 begun = super().reset(**row)
             except Exception as error:  # own code: whatever it raises is the answer
-                if explain_failure(error).reason != UNKNOWN:
-                    raise
-                raise RankFailure(REASON, f"{PATH}: {name}.reset fails:\n{last_lines(error, skip=__file__)}") from error
+                raise_named(error, f"{name}.reset fails", skip=__file__)
             if begun is not None and not isinstance(begun, str | list):
                 message = f"{name}.reset returns a {type(begun).__name__}: it takes None, or text to add to the prompt"
                 raise RankFailure(REASON, f"{PATH}: {message}", exit_code=ExitCode.INVALID)
@@ -53,6 +51,13 @@ def watch_environment(name: str, kind: type[Any], config: TrainingConfig) -> typ
 
     Watched.__name__ = kind.__name__  # by which TRL names the metrics of its rewards
     return Watched
+
+
+def raise_named(error: Exception, what: str, *, skip: str) -> NoReturn:
+    """Raise what own code failed with as `what` fails, without the frames of file `skip`; a known failure as it is."""
+    if explain_failure(error).reason != UNKNOWN:
+        raise error
+    raise RankFailure(REASON, f"{PATH}: {what}:\n{last_lines(error, skip=skip)}") from error
 
 
 def check_environment(kind: type[Any], tokenizer: Any) -> None:

@@ -23,10 +23,9 @@ from posttrain.api.spelling import join_names
 from posttrain.contract.config import TrainingConfig
 from posttrain.contract.result import ExitCode
 from posttrain_workloads import _compat
-from posttrain_workloads.failures import UNKNOWN, explain_failure
-from posttrain_workloads.own_environments import PATH, REASON, watch_environment
+from posttrain_workloads.own_environments import PATH, REASON, raise_named, watch_environment
 from posttrain_workloads.owncode import load_entry_point
-from posttrain_workloads.problems import last_lines, refuse
+from posttrain_workloads.problems import refuse
 from posttrain_workloads.prompts import RESERVED
 from posttrain_workloads.runtime import RankFailure
 
@@ -101,10 +100,7 @@ class RolloutFunction:
         try:
             returned = self.function(prompts, trainer)
         except Exception as error:  # own code: whatever it raises is the answer
-            if explain_failure(error).reason != UNKNOWN:
-                raise
-            message = f"fails on {len(prompts)} prompts:\n{last_lines(error, skip=__file__)}"
-            raise RankFailure(REASON, f"{PATH}: {self.name} {message}") from error
+            raise_named(error, f"{self.name} fails on {len(prompts)} prompts", skip=__file__)
         try:
             return _check_rollout(
                 returned,

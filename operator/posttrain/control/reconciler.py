@@ -250,19 +250,20 @@ class Reconciler:
     async def _create(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
         """Create a child. By POST, so that an object of its name that somebody made a moment ago is never touched."""
         ref = ObjectRef.of(wanted)
+        # Nobody else's bears a Secret's name, and the operator may not look at one.
+        unseen = (ref.api_version, ref.kind) == SECRET
         if (ref.api_version, ref.kind) == PYTORCHJOB:
             await self._require_no_gang(run)
         try:
             made = await self._cluster.create(wanted)
         except AlreadyExists:
-            # Nobody else's bears a Secret's name, and the operator may not look at one.
-            if (ref.api_version, ref.kind) != SECRET:
+            if not unseen:
                 await self._find(wanted, run, obstacles)
         except (Rejected, NotFound) as error:
             # Not found: what it belongs to, its kind among it, is not there.
             obstacles.rejected[ref] = str(error)
         else:
-            if (ref.api_version, ref.kind) != SECRET:
+            if not unseen:
                 self._cache.put(made, own=True)
             log.info("created", run=_name(run), kind=ref.kind, name=ref.name)
 

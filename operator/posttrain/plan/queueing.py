@@ -8,14 +8,12 @@ quota for is not changed under it, and a later operator's idea of it is asked fo
 
 from __future__ import annotations
 
-from posttrain.api.reasons import advice_for
-from posttrain.plan.attempts import Cause
 from posttrain.plan.children import build_run_workload
 from posttrain.plan.kueue import NODE_FAILURES, missing_flavors
 from posttrain.plan.quota import release, withdraw
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says, Verdict
-from posttrain.plan.verdicts import begin_attempt, fail, go_on, refuse
+from posttrain.plan.verdicts import begin_attempt, build_cause, fail, go_on, refuse
 
 
 def kueue_missing(situation: Situation) -> Verdict | None:
@@ -94,12 +92,11 @@ def _unusable_quota(situation: Situation) -> Verdict | None:
     if workload.by_topology:
         return fail(
             situation,
-            Cause(
-                reason="TopologyUnsupported",
-                message=f"attempt {situation.attempt}: ClusterQueue {workload.cluster_queue} has placed the pods by "
+            build_cause(
+                situation,
+                "TopologyUnsupported",
+                f"ClusterQueue {workload.cluster_queue} has placed the pods by "
                 f"topology (flavors: {', '.join(workload.flavors)}), which posttrain does not support",
-                budget="none",
-                advice=advice_for("TopologyUnsupported"),
             ),
         )
     missing = missing_flavors(workload, situation.observed.flavors)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.api.shapes import SecretKey
 from posttrain.api.training_run import TrainingRun
 from posttrain.contract import environment
 from posttrain.contract.config import ResolvedSource
@@ -112,17 +111,8 @@ def is_reserved_variable(name: str) -> bool:
 
 def build_trainer_template(inputs: PodInputs) -> dict[str, Any]:
     """Return the pod template of every node of the gang."""
-    run, profile = inputs.run, inputs.profile
-    overrides = run.spec.pod_overrides
-    own_labels = labels.pod_labels(run.metadata.name, attempt=inputs.attempt, role=labels.ROLE_TRAINER)
-    assigned = inputs.assignment
-    given = (overrides.labels if overrides else None) or {}
-    annotations = {**((overrides.annotations if overrides else None) or {}), **assigned.annotations}
-    metadata: dict[str, Any] = {"labels": {**given, **assigned.labels, **own_labels}}
-    if annotations:
-        metadata["annotations"] = annotations
-    shared_memory = run.spec.resources.shared_memory or profile.shared_memory or _memory(inputs)
-    spec = _pod_spec(
+    run = inputs.run
+    return _placed_template(
         inputs,
         container={
             "name": TRAINER_CONTAINER,
@@ -130,36 +120,28 @@ def build_trainer_template(inputs: PodInputs) -> dict[str, Any]:
             "command": ["python", "-m", "posttrain_workloads.launch", run.spec.method],
             "env": [*_trainer_env(inputs), *_common_env(inputs), *_user_env(inputs)],
             "resources": _trainer_resources(inputs),
-            "securityContext": container_security(add=("IPC_LOCK",) if profile.allow_ipc_lock else ()),
         },
-        env_from=_secret_env(inputs),
-        volumes=[{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}],
-        mounts=[{"name": "dshm", "mountPath": SHARED_MEMORY_FOLDER}],
+        own_labels=labels.pod_labels(run.metadata.name, attempt=inputs.attempt, role=labels.ROLE_TRAINER),
+        shared_memory=run.spec.resources.shared_memory or inputs.profile.shared_memory or _memory(inputs),
+        affinity=_affinity(inputs),
     )
-    return {"metadata": metadata, "spec": {**spec, **_placement(inputs, affinity=_affinity(inputs))}}
 
 
 def build_server_template(inputs: PodInputs) -> dict[str, Any]:
     """Return the pod template of a rollout server: nothing but its readiness is asked, as loading takes its time."""
     run, profile = inputs.run, inputs.profile
-    servers, overrides, assigned = run.spec.rollout_servers, run.spec.pod_overrides, inputs.assignment
+    servers = run.spec.rollout_servers
     assert servers is not None
     cpu, memory = servers.cpu or profile.cpu, servers.memory or profile.memory
-    amounts = {"cpu": cpu, "memory": memory}
-    if servers.gpus_per_node:
-        amounts[profile.gpu_resource] = str(servers.gpus_per_node)
-    amounts |= profile.devices
     values = {**profile.env, "OMP_NUM_THREADS": str(_threads(cpu, ranks=servers.engine_size))}
-    own = {variable.name for variable in _overridden(inputs)}
-    env = [_variable(name, value) for name, value in sorted(values.items()) if name not in own]
-    spec = _pod_spec(
+    return _placed_template(
         inputs,
         container={
             "name": SERVER_CONTAINER,
             "image": inputs.image,
             "command": ["python", "-m", "posttrain_workloads.serve"],
             "env": [
-                *env,
+                *_given(inputs, values),
                 *_common_env(inputs, reports=False),
                 _variable(environment.LISTEN, f"0.0.0.0:{SERVER_PORT}"),
                 _server_key(inputs),
@@ -172,25 +154,14 @@ def build_server_template(inputs: PodInputs) -> dict[str, Any]:
                 "timeoutSeconds": 5,
                 "failureThreshold": 6,
             },
-            "resources": {"limits": amounts, "requests": amounts},
-            "securityContext": container_security(add=("IPC_LOCK",) if profile.allow_ipc_lock else ()),
+            "resources": _resources(profile, cpu=cpu, memory=memory, gpus=servers.gpus_per_node, devices={}),
         },
-        env_from=_secret_env(inputs),
-        volumes=[{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shared_memory or memory}}],
-        mounts=[{"name": "dshm", "mountPath": SHARED_MEMORY_FOLDER}],
+        own_labels={**labels.run_labels(run.metadata.name), labels.ROLE: labels.ROLE_SERVER},
+        shared_memory=profile.shared_memory or memory,
+        affinity={},
         last_words="FallbackToLogsOnError",  # vLLM writes no message of its own
         reports=False,
     )
-    annotations = {**((overrides.annotations if overrides else None) or {}), **assigned.annotations}
-    given = (overrides.labels if overrides else None) or {}
-    own_labels = {**labels.run_labels(run.metadata.name), labels.ROLE: labels.ROLE_SERVER}
-    return {
-        "metadata": {
-            "labels": {**given, **assigned.labels, **own_labels},
-            **({"annotations": annotations} if annotations else {}),
-        },
-        "spec": {**spec, **_placement(inputs, affinity={})},
-    }
 
 
 def build_prepare_template(inputs: PodInputs) -> dict[str, Any]:
@@ -215,6 +186,36 @@ def build_prepare_template(inputs: PodInputs) -> dict[str, Any]:
 
 
 # --- The pod ---------------------------------------------------------------------------------------------------------
+
+
+def _placed_template(
+    inputs: PodInputs,
+    *,
+    container: dict[str, Any],
+    own_labels: dict[str, str],
+    shared_memory: str,
+    affinity: dict[str, Any],
+    last_words: str = "File",
+    reports: bool = True,
+) -> dict[str, Any]:
+    """Return the template of a pod that computes: placed and marked by profile, user and reservation."""
+    overrides, assigned = inputs.run.spec.pod_overrides, inputs.assignment
+    given = (overrides.labels if overrides else None) or {}
+    annotations = {**((overrides.annotations if overrides else None) or {}), **assigned.annotations}
+    metadata: dict[str, Any] = {"labels": {**given, **assigned.labels, **own_labels}}
+    if annotations:
+        metadata["annotations"] = annotations
+    security = container_security(add=("IPC_LOCK",) if inputs.profile.allow_ipc_lock else ())
+    spec = _pod_spec(
+        inputs,
+        container={**container, "securityContext": security},
+        env_from=_secret_env(inputs),
+        volumes=[{"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}}],
+        mounts=[{"name": "dshm", "mountPath": SHARED_MEMORY_FOLDER}],
+        last_words=last_words,
+        reports=reports,
+    )
+    return {"metadata": metadata, "spec": {**spec, **_placement(inputs, affinity=affinity)}}
 
 
 def _pod_spec(
@@ -330,10 +331,22 @@ def _cpu(inputs: PodInputs) -> str:
 
 def _trainer_resources(inputs: PodInputs) -> dict[str, Any]:
     resources, profile = inputs.run.spec.resources, inputs.profile
-    amounts = {"cpu": _cpu(inputs), "memory": _memory(inputs)}
-    if resources.gpus_per_node:
-        amounts[profile.gpu_resource] = str(resources.gpus_per_node)
-    amounts |= {**profile.devices, **(resources.devices or {})}
+    return _resources(
+        profile,
+        cpu=_cpu(inputs),
+        memory=_memory(inputs),
+        gpus=resources.gpus_per_node,
+        devices=resources.devices or {},
+    )
+
+
+def _resources(
+    profile: Profile, *, cpu: str, memory: str, gpus: int, devices: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    amounts = {"cpu": cpu, "memory": memory}
+    if gpus:
+        amounts[profile.gpu_resource] = str(gpus)
+    amounts |= {**profile.devices, **devices}
     # Requests as the limits: the kubelet evicts the pods of a node that runs out by how far they exceed their requests.
     return {"limits": amounts, "requests": amounts}
 
@@ -400,8 +413,8 @@ def _field(name: str, path: str) -> dict[str, Any]:
     return {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}}
 
 
-def _secret(name: str, ref: SecretKey) -> dict[str, Any]:
-    return {"name": name, "valueFrom": {"secretKeyRef": {"name": ref.name, "key": ref.key}}}
+def _secret(name: str, *, secret: str, key: str) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
 
 
 def _threads(cpu: str, *, ranks: int) -> int:
@@ -436,10 +449,12 @@ def _common_env(inputs: PodInputs, *, reports: bool = True) -> list[dict[str, An
     if access.hub_endpoint:
         env.append(_variable("HF_ENDPOINT", access.hub_endpoint))
     if access.hub_token_secret_ref:
-        env.append(_secret("HF_TOKEN", access.hub_token_secret_ref))
+        token = access.hub_token_secret_ref
+        env.append(_secret("HF_TOKEN", secret=token.name, key=token.key))
     sandbox = inputs.run.spec.used_sandbox if reports else None  # rollout servers reward nothing
     if sandbox is not None and sandbox.api_key_secret_ref is not None:
-        env.append(_secret(environment.SANDBOX_KEY, sandbox.api_key_secret_ref))
+        api_key = sandbox.api_key_secret_ref
+        env.append(_secret(environment.SANDBOX_KEY, secret=api_key.name, key=api_key.key))
     return [*env, _variable("PYTHONUNBUFFERED", "1"), _variable("TOKENIZERS_PARALLELISM", "false")]
 
 
@@ -466,8 +481,7 @@ def _trainer_env(inputs: PodInputs) -> list[dict[str, Any]]:
     elif spec.parallelism.strategy == "FSDP":
         values |= build_fsdp_environment(spec.parallelism)
     values |= _tracking_env(inputs)
-    own = {variable.name for variable in _overridden(inputs)}
-    given = [_variable(name, value) for name, value in sorted(values.items()) if name not in own]
+    given = _given(inputs, values)
     servers = spec.rollout_servers
     if servers is None:
         return given
@@ -475,10 +489,16 @@ def _trainer_env(inputs: PodInputs) -> list[dict[str, Any]]:
     return [*given, _variable(environment.ROLLOUT_SERVERS, ",".join(addresses)), _server_key(inputs)]
 
 
+def _given(inputs: PodInputs, values: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return variables by name, without those that the user sets."""
+    own = {variable.name for variable in _overridden(inputs)}
+    return [_variable(name, value) for name, value in sorted(values.items()) if name not in own]
+
+
 def _server_key(inputs: PodInputs) -> dict[str, Any]:
     metadata = inputs.run.metadata
-    secret = {"name": names.server_key_name(metadata.name, uid=metadata.uid or ""), "key": SERVER_KEY}
-    return {"name": environment.ROLLOUT_KEY, "valueFrom": {"secretKeyRef": secret}}
+    secret = names.server_key_name(metadata.name, uid=metadata.uid or "")
+    return _secret(environment.ROLLOUT_KEY, secret=secret, key=SERVER_KEY)
 
 
 def _tracking_env(inputs: PodInputs) -> dict[str, str]:

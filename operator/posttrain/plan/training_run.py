@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from posttrain.api.reasons import REASONS, advice_for
+from posttrain.api.reasons import REASONS
 from posttrain.api.training_run import TrainingRun
 from posttrain.api.training_run_status import FailureStatus, ModelStatus, ProvenanceStatus
-from posttrain.plan.attempts import NON_FINITE, Cause, completed_result, find_cause, settling_until
+from posttrain.plan.attempts import NON_FINITE, completed_result, find_cause, settling_until
 from posttrain.plan.children import (
     attempt_children,
     build_run_workload,
@@ -50,6 +50,7 @@ from posttrain.plan.verdicts import (
     MESSAGE_MAX_LENGTH,
     accept,
     begin_attempt,
+    build_cause,
     charge,
     explain_gang,
     explain_unserved,
@@ -360,12 +361,7 @@ def non_finite(situation: Situation) -> Verdict | None:
     if progress is None or progress.non_finite is None:
         return None
     found = progress.non_finite
-    cause = Cause(
-        reason=NON_FINITE,
-        message=f"attempt {situation.attempt}: {found.metric} was not finite at step {found.step}",
-        budget="none",
-        advice=advice_for(NON_FINITE),
-    )
+    cause = build_cause(situation, NON_FINITE, f"{found.metric} was not finite at step {found.step}")
     return stop_non_finite(situation, cause)
 
 
@@ -432,12 +428,7 @@ def signal_lost(situation: Situation) -> Verdict | None:
     loss = find_loss(situation)
     if loss is None:
         return None
-    cause = Cause(
-        reason=loss.reason,
-        message=f"attempt {situation.attempt}: {loss.message}",
-        budget="none",
-        advice=advice_for(loss.reason),
-    )
+    cause = build_cause(situation, loss.reason, loss.message)
     return hold(situation, cause, field=loss.field, kept=True) if loss.policy == "Suspend" else fail(situation, cause)
 
 
@@ -462,12 +453,10 @@ def deadline_exceeded(situation: Situation) -> Verdict | None:
     seconds = situation.run.spec.active_deadline_seconds
     return fail(
         situation,
-        Cause(
-            reason="DeadlineExceeded",
-            message=f"attempt {situation.attempt}: the run did not end within {seconds} s of its first start "
-            "(spec.activeDeadlineSeconds)",
-            budget="none",
-            advice=advice_for("DeadlineExceeded"),
+        build_cause(
+            situation,
+            "DeadlineExceeded",
+            f"the run did not end within {seconds} s of its first start (spec.activeDeadlineSeconds)",
         ),
     )
 
@@ -481,12 +470,10 @@ def pending_deadline_exceeded(situation: Situation) -> Verdict | None:
     waiting = explain_gang(situation)
     return fail(
         situation,
-        Cause(
-            reason="PendingDeadlineExceeded",
-            message=f"attempt {situation.attempt}: the gang did not run within {seconds} s "
-            f"(spec.pendingDeadlineSeconds): {waiting.message}",
-            budget="none",
-            advice=advice_for("PendingDeadlineExceeded"),
+        build_cause(
+            situation,
+            "PendingDeadlineExceeded",
+            f"the gang did not run within {seconds} s (spec.pendingDeadlineSeconds): {waiting.message}",
         ),
     )
 
@@ -501,11 +488,11 @@ def stalled(situation: Situation) -> Verdict | None:
     seconds = situation.run.spec.restarts.progress_deadline_seconds
     return charge(
         situation,
-        Cause(
-            reason="ProgressStalled",
-            message=f"attempt {situation.attempt}: nothing was heard of the gang for {seconds} s{where}",
+        build_cause(
+            situation,
+            "ProgressStalled",
+            f"nothing was heard of the gang for {seconds} s{where}",
             budget="infrastructure",
-            advice=advice_for("ProgressStalled"),
         ),
     )
 
@@ -533,12 +520,7 @@ def server_never_answers(situation: Situation) -> Verdict | None:
         return None
     return fail(
         situation,
-        Cause(
-            reason="CrashLooping",
-            message=f"attempt {situation.attempt}: {ended}",
-            budget="none",
-            advice=advice_for("CrashLooping"),
-        ),
+        build_cause(situation, "CrashLooping", ended),
     )
 
 

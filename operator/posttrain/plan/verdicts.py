@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.api.methods import table_of
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
-from posttrain.plan.attempts import Cause
+from posttrain.plan.attempts import Budget, Cause
 from posttrain.plan.children import attempt_children, frozen_job, run_children, service_children, service_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
@@ -188,6 +188,12 @@ def _server_restarts(situation: Situation) -> dict[str, int] | None:
     if not situation.was_created:
         return situation.status.server_restarts
     return count_restarts(situation.server_pods) or None
+
+
+def build_cause(situation: Situation, reason: str, message: str, *, budget: Budget = "none") -> Cause:
+    """Return the cause of an end of the current attempt that the plan itself has found, with the catalogue's advice."""
+    told = f"attempt {situation.attempt}: {message}"
+    return Cause(reason=reason, message=told, budget=budget, advice=advice_for(reason))
 
 
 def charge(situation: Situation, cause: Cause) -> Verdict:

@@ -14,9 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROMPTS = [[5, 6, 7, 8], [100, 200, 300], [11, 12, 13, 14, 15], [400, 401], [900]]
-TOKENS = 12
-GREEDY = {"temperature": 0.0, "max_tokens": TOKENS, "generation_kwargs": {"ignore_eos": True}}
+from own_code.greedy import GREEDY, PROMPTS, TOKENS, colocated, equal, greedy
 
 
 def main() -> None:
@@ -180,6 +178,23 @@ def refuse(*, servers: list[str]) -> dict[str, str]:
     return told
 
 
+def options(*, config: dict[str, Any], args: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tell what prepare finds wrong with options of `vllm serve`, and which of posttrain's own vLLM does not have."""
+    from posttrain.api.servers import OWNED_OPTIONS
+    from posttrain.contract.config import TrainingConfig
+    from posttrain_workloads._compat import long_options
+    from posttrain_workloads.problems import Findings
+    from posttrain_workloads.server_options import build_parser, check_server_options
+
+    told = []
+    for given in args:
+        config["spec"]["grpo"]["rollout"]["server"]["args"] = given
+        findings = Findings()
+        check_server_options(TrainingConfig.from_json(json.dumps(config)), findings)
+        told.append([str(problem) for problem in findings.problems])
+    return {"told": told, "missing": sorted(set(OWNED_OPTIONS) - set(long_options(build_parser())))}
+
+
 # --- Parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -199,38 +214,8 @@ def change(model: Any, *, seed: int) -> None:
             weight.add_(torch.randn_like(weight) * 0.02)
 
 
-def greedy(model: Any) -> list[list[int]]:
-    """Return the likeliest tokens after each prompt, by transformers."""
-    import torch
-
-    completions = []
-    with torch.no_grad():
-        for prompt in PROMPTS:
-            ids = list(prompt)
-            for _ in range(TOKENS):
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-            completions.append(ids[len(prompt) :])
-    return completions
-
-
-def equal(client: Any, wanted: list[list[int]]) -> list[bool]:
-    """Return of each server whether it answers with the wanted tokens."""
-    return [server.generate(PROMPTS, **GREEDY)["completion_ids"] == wanted for server in client.servers]
-
-
-def colocated(engine: Any) -> list[list[int]]:
-    """Return the likeliest tokens after each prompt, by an engine in this process."""
-    from vllm import SamplingParams
-
-    outputs = engine.generate(
-        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
-        sampling_params=SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True),
-        use_tqdm=False,
-    )
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
 RUN = {
+    "options": options,
     "packed": hand_over,
     "rejoin": rejoin,
     "hand_over": hand_over,

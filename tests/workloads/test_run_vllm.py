@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,13 @@ def command(tmp_path: Path, vllm_python: Path, tiny_model: Path) -> Iterator[Com
             "code": {"path": str(OWN_CODE)},
             "grpo": {
                 "rollout": {"mode": "Colocate"},
+                "trainerClass": "hand_overs:ComparingTrainer",
                 "rewards": [{"function": "own_rewards:varied"}],
                 "args": {**GRPO_ARGS, "max_steps": 3, "learning_rate": 1e-2, "vllm_max_model_length": 256},
             },
             "resources": {"gpusPerNode": 0, "processesPerNode": 2},
             "checkpoints": {"everySteps": 2},
+            "podOverrides": {"env": [{"name": "VLLM_CPU_KVCACHE_SPACE", "value": "1"}]},
         },
     )
     yield made
@@ -61,24 +64,29 @@ def test_a_run_with_vllm_inside_its_ranks_samples_each_step_with_the_weights_of_
     differences = [entry["sampling/sampling_logp_difference/mean"] for entry in steps]
     assert max(differences) < 1e-4
     assert [samples(command, step) for step in (1, 2, 3)] == [{"step-0"}, {"step-1"}, {"step-2"}]
+    for rank in (0, 1):
+        assert [(seen["step"], seen["equal"]) for seen in rollouts(command, rank=rank)] == [
+            (step, [True]) for step in (0, 1, 2)
+        ]
 
 
-def test_a_run_whose_server_is_killed_finishes_also_where_that_is_inside_a_hand_over(
+def test_two_ranks_with_two_servers_finish_though_one_is_killed_between_hand_overs_and_inside_one(
     command: Command, tmp_path: Path
 ) -> None:
-    halts, rollouts = tmp_path / "halts", tmp_path / "rollouts"
+    """The trainer's rank 0 alone speaks with the servers, and the other one waits for it."""
+    halts, rewarded = tmp_path / "halts", tmp_path / "rewarded"
     halts.mkdir()
     args = {key: value for key, value in command.spec["grpo"]["args"].items() if key != "vllm_max_model_length"}
     command.spec |= {
         "grpo": {
             "rollout": {"mode": "Server", "server": SERVERS},
-            "rewards": [{"function": "own_rewards:record", "params": {"file": str(rollouts)}}],
+            "trainerClass": "hand_overs:ComparingTrainer",
+            "rewards": [{"function": "own_rewards:record", "params": {"file": str(rewarded)}}],
             "args": {**args, "max_steps": 4},
         },
         "callbacks": [
             {"function": "faults:Halt", "params": {"folder": str(halts), "between": 2, "inside": 3}},
         ],
-        "resources": {"gpusPerNode": 0},
         "prepare": {"enabled": False},
     }
     command.start()
@@ -97,14 +105,26 @@ def test_a_run_whose_server_is_killed_finishes_also_where_that_is_inside_a_hand_
     assert (status.failure.reason, status.failure.exit_code) == ("ServerLost", 138)
     assert "(POST /update_weights)" in status.failure.message
     # The first death cost nothing, the second one step 3.
-    assert [json.loads(line)[0] for line in rollouts.read_text().splitlines()] == [0, 1, 2, 2, 3]
+    first, others = rollouts(command, rank=0), rollouts(command, rank=1)
+    assert [seen["step"] for seen in first] == [seen["step"] for seen in others] == [0, 1, 2, 2, 3]
+    assert [seen["equal"] for seen in first] == [[True, True]] * 5
+    assert [seen["client"] for seen in others] == [False] * 5
+    prompts = [json.loads(line) for line in rewarded.read_text().splitlines()]
+    assert sorted(rows for step, rows in prompts[4:6]) == sorted(rows for step, rows in prompts[6:8])
     assert status.restarts is not None
     assert (status.restarts.infrastructure, status.restarts.steps_lost) == (1, 1)
     history = json.loads((command.run_folder.storage / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
     assert max(entry["sampling/sampling_logp_difference/mean"] for entry in steps) < 1e-4
-    assert len({version for step in range(1, 5) for version in samples(command, step, rows=4)}) == 4
+    # Each step's prompts went to both servers, and its completions are from the version that both have.
+    one, two = dict.fromkeys(first[0]["servers"])
+    for seen in first:
+        assert seen["servers"] == [server for server in (one, two) * 2 for _ in range(2)]
+        assert len({*seen["weights"], *seen["has"]}) == 1
+    versions = {seen["step"]: set(seen["weights"]) for seen in first}
+    assert [samples(command, step) for step in range(1, 5)] == [versions[step] for step in range(4)]
+    assert len(set().union(*versions.values())) == 4
 
 
 def kill(processes: list[int]) -> None:
@@ -113,7 +133,13 @@ def kill(processes: list[int]) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def samples(command: Command, step: int, *, rows: int = 8) -> set[str]:
+def rollouts(command: Command, *, rank: int) -> list[dict[str, Any]]:
+    """Return what a rank saw after each of its rollouts."""
+    file = command.run_folder.storage / f"rollouts-of-rank-{rank}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def samples(command: Command, step: int) -> set[str]:
     """Return the versions of the weights that the completions of a step are shown with."""
     done = subprocess.run(
         [POSTTRAIN, "samples", "tiny", "--step", str(step)],
@@ -123,5 +149,5 @@ def samples(command: Command, step: int, *, rows: int = 8) -> set[str]:
         check=True,
     )
     lines = [line for line in done.stdout.splitlines() if "; weights " in line]
-    assert len(lines) == rows
+    assert len(lines) == 8
     return {line.rpartition("; weights ")[2].removesuffix("]") for line in lines}

@@ -17,13 +17,27 @@ from typing import Any
 import pytest
 
 from tests.support.processes import wait_for
-from tests.workloads._configs import free_port
+from tests.workloads._configs import build_grpo_config, free_port
 from tests.workloads._rollout import CASES, Server, add_dropping_plugin, environment, start
 
 pytestmark = [pytest.mark.workloads, pytest.mark.rollouts, pytest.mark.timeout(2400)]
 
 START_SECONDS = 900.0
 CASES_SECONDS = 900.0
+OPTIONS: list[dict[str, Any]] = [
+    {
+        "gpu-memory-utilization": 0.9,
+        "max-num-seqs": 16,
+        "enforce-eager": True,
+        "no-enable-prefix-caching": True,
+        "compilation-config": {"mode": 0},
+        "cudagraph-capture-sizes": [1, 2, 4],
+        "lora-modules": [{"name": "a", "path": "/a"}],
+    },
+    {"max-num-seq": 8, "seed": "one"},
+    {"kv-cache-dtype": "fp9", "tensor-parallel": 2, "weather": "fine"},
+    {"enable-prefix-caching": "yes", "compilation-config": {"mode": "quick"}},
+]
 _PLAIN = "posttrain_plain_weights"
 
 
@@ -68,6 +82,13 @@ def colocated(vllm_python: Path, tiny_model: Path, tmp_path_factory: pytest.Temp
     process.kill()
 
 
+def options_case(model: Path) -> dict[str, Any]:
+    """Options of `vllm serve` as a run may have them: good ones first."""
+    rollout = {"mode": "Server", "server": {"gpusPerNode": 0}}
+    config = build_grpo_config(model=model, rows=model, rewards=[{"name": "format"}], grpo={"rollout": rollout})
+    return {"config": json.loads(config.to_json()), "args": OPTIONS}
+
+
 @pytest.fixture(scope="module")
 def found(
     vllm_python: Path, tiny_model: Path, colocated: Process, tmp_path_factory: pytest.TempPathFactory
@@ -96,6 +117,7 @@ def found(
             vllm_python,
             folder / "cases",
             {
+                "options": options_case(tiny_model),
                 "packed": {**common, "port": free_port(), "times": 1},
                 "rejoin": {**common, "port": free_port(), "pid": packed.process.pid},
                 "hand_over": {**common, "port": free_port(), "times": 2},
@@ -116,6 +138,30 @@ def found(
             port = int(packed.url.rpartition(":")[2])
             serve("second", port=port, VLLM_PLUGINS=f"dropping,{_PLAIN}", DROP_WHILE=str(drop))
         yield {**cases.answers(), "servers": servers}
+
+
+def test_options_of_the_servers_are_read_as_vllm_would_read_them(found: dict[str, Any]) -> None:
+    good, slips, unknown, values = found["options"]["told"]
+    path = "ConfigInvalid: spec.grpo.rollout.server.args"
+
+    assert good == []
+    assert slips == [
+        f"{path}.max-num-seq: vLLM 0.31.0+cpu has no such option: did you mean max-num-seqs?",
+        f"{path}.seed: vLLM cannot read \"one\": invalid int value: 'one'",
+    ]
+    assert unknown[0].startswith(
+        f"{path}.kv-cache-dtype: vLLM cannot read \"fp9\": invalid choice: 'fp9' (choose from "
+    )
+    assert unknown[1:] == [  # argparse would take the first for tensor-parallel-size, which is posttrain's
+        f"{path}.tensor-parallel: vLLM 0.31.0+cpu has no such option: did you mean tensor-parallel-size?",
+        f"{path}.weather: vLLM 0.31.0+cpu has no such option: `vllm serve --help=all` in its image lists them",
+    ]
+    assert values[0] == (
+        f'{path}.enable-prefix-caching: the option takes no value, and has "yes": write true, or '
+        "no-enable-prefix-caching to turn it off"
+    )
+    assert "Invalid compilation mode: quick. Valid modes are: NONE," in values[1]
+    assert found["options"]["missing"] == []
 
 
 def test_every_server_answers_as_the_model_does_after_each_hand_over(found: dict[str, Any]) -> None:

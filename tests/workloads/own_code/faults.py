@@ -61,8 +61,9 @@ class NanTrainer(SFTTrainer):
 
 
 class Halt(TrainerCallback):
-    """Halts its rank, for a test to strike: at the end of one step, and in the middle of the hand-over before another.
+    """Halts rank 0, for a test to strike: at the end of one step, and in the middle of the hand-over before another.
 
+    The other ranks send nothing: they are through with a hand-over before rank 0 begins, and then wait for it.
     It makes a file, and goes on when the test has made another, also in a later attempt.
     """
 
@@ -89,6 +90,8 @@ class Halt(TrainerCallback):
         model.named_parameters = halting
 
     def halt(self, where: str) -> None:
+        if int(os.environ["RANK"]) != 0:
+            return
         (self.folder / where).touch()
         while not (self.folder / f"{where}-over").exists():
             time.sleep(0.05)

@@ -82,7 +82,7 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         case("cloned without weights", model=f"file://{cloned}"),
         case("half copied", model=f"file://{copied}"),
         case("modules", peft={"targetModules": ["q_proj", "mlp.up_proj"]}),
-        case("no such module", peft={"targetModules": ["q_proj", "v_porj"]}),
+        case("misspelt module", peft={"targetModules": ["q_proj", "v_porj"]}),
         case("schedule", args={"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}),
         case("half a schedule", args={"lr_scheduler_type": "cosine_with_min_lr"}),
         case("schedule misspelt", args={"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 1}}),
@@ -157,7 +157,7 @@ def test_weights_that_are_not_whole_are_told_of_before_they_are_loaded(found: di
 
 def test_modules_of_an_adapter_that_the_model_lacks_are_named_with_those_it_has(found: dict[str, Any]) -> None:
     assert found["modules"]["problems"] == []
-    problem = the_problem(found, "no such module")
+    problem = the_problem(found, "misspelt module")
     assert "spec.peft.targetModules" in problem
     assert "has no module v_porj: did you mean v_proj? Its linear layers are called down_proj, gate_proj" in problem
 

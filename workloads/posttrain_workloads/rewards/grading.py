@@ -297,7 +297,11 @@ class GradingPool:
 
 
 def _share_out(keys: Sequence[_Key], *, workers: int) -> list[_Share]:
-    """Return the work in shares of one solution each, none larger than a worker's part; the longest first."""
+    """Return the work in shares of one solution each, none larger than a worker's part.
+
+    What may take long comes first, so that no worker waits for another at the end: what is no whole number, and of
+    these the longest texts.
+    """
     by_gold: dict[tuple[Config, str], list[str]] = {}
     for config, gold, answer in keys:
         by_gold.setdefault((config, gold), []).append(answer)
@@ -307,7 +311,7 @@ def _share_out(keys: Sequence[_Key], *, workers: int) -> list[_Share]:
         for (config, gold), answers in by_gold.items()
         for at in range(0, len(answers), part)
     ]
-    return sorted(shares, key=lambda share: sum(map(len, share.answers)), reverse=True)
+    return sorted(shares, key=lambda share: (share.gold.strip("$").isdigit(), -sum(map(len, share.answers))))
 
 
 # --- The pool of this process -----------------------------------------------------------------------------------------

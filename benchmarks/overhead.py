@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import socket
@@ -55,7 +56,7 @@ def run_in_turn(
     """Train each variant in a process of its own, of which one at a time computes, for a block; return what was seen.
 
     A block has one checkpoint, in its middle, and goes on until that counts. What is written is on the disk before
-    another begins; the order changes from round to round. So both sides of a pair see the machine in the same minute.
+    another begins; every order has its round. So both sides of a pair see the machine in the same minute.
     """
     sys.path.insert(0, str(ROOT))
     from tests.workloads._server import FactsServer
@@ -80,8 +81,9 @@ def run_in_turn(
         timed = {variant: Timed() for variant in variants}
         for variant, process in processes.items():
             _read(variant, process)
-        for turn in range(options.pairs):
-            for variant in (*variants[turn % len(variants) :], *variants[: turn % len(variants)]):
+        orders = itertools.cycle(itertools.permutations(variants))
+        for order in itertools.islice(orders, options.pairs):
+            for variant in order:
                 seconds = _take_turn(variant, processes[variant])
                 timed[variant].seconds.append(seconds)
                 print(f"{variant}: {seconds:.2f} s", file=sys.stderr, flush=True)
@@ -240,9 +242,10 @@ def build_step_timer(every: int, output: int, storage: str | None) -> Any:
                 marker = Path(storage) / checkpoint_folder(state.global_step // every * every) / MARKER_NAME
                 while not marker.exists():
                     time.sleep(0.01)
-            write(time.perf_counter() - self.started if self.started is not None else "warm")
+            seconds = time.perf_counter() - self.started if self.started is not None else "warm"
+            os.sync()  # or what this block left for later would be written during the next one, which is another's
+            write(seconds)
             if state.global_step < state.max_steps:
-                os.sync()
                 sys.stdin.readline()
                 self.started = time.perf_counter()
 

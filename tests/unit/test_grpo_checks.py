@@ -194,6 +194,18 @@ BAD_SERVERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "write spec.model.dtype",
     ),
     (
+        {"mode": "Server", "server": {"args": {"no-trust-remote-code": True}}},
+        {},
+        "spec.grpo.rollout.server.args.no-trust-remote-code",
+        "write spec.model.trustRemoteCode",
+    ),
+    (
+        {"mode": "Server", "server": {"args": {"middleware": ["own.module", "--api-key"]}}},
+        {},
+        "spec.grpo.rollout.server.args.middleware",
+        "--api-key would be read as another option",
+    ),
+    (
         {"mode": "Server", "server": {"args": {"enable-prefix-caching": False}}},
         {},
         "spec.grpo.rollout.server.args.enable-prefix-caching",

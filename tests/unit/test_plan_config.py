@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.api.shapes import Parallelism
+from posttrain.api.execution import Parallelism
 from posttrain.contract.config import HubSource, MountedSource
 from posttrain.plan.checks import find_spec_problems
 from posttrain.plan.deepspeed import build_deepspeed_config, find_deepspeed_problems

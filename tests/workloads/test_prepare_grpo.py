@@ -88,6 +88,9 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         case("long", rows=long),
         case("nearly long", args={"max_completion_length": 500}),
         case("vllm elsewhere", grpo={"rollout": {"mode": "Colocate"}}, args={"vllm_max_model_length": 20}),
+        case("servers elsewhere", grpo={"rollout": {"mode": "Server", "server": {
+            "gpusPerNode": 0, "maxModelLength": 20, "args": {"seed": 1}
+        }}}),
         case(
             "unseen weights",
             grpo={"rollout": {"mode": "Colocate"}},
@@ -167,6 +170,7 @@ BAD = [
     ("async", "RewardFunctionFailed", "spec.grpo.rewards[1].function: async_rewards:few returns 1 values for 6 comp"),
     ("vllm elsewhere", "PackageMissing", "spec.grpo.rollout.mode: Colocate needs the package vllm, which is not inst"),
     ("vllm elsewhere", "ConfigInvalid", "spec.grpo.args.vllm_max_model_length: 20 tokens are fewer than the longest p"),
+    ("servers elsewhere", "ConfigInvalid", "spec.grpo.rollout.server.maxModelLength: 20 tokens are fewer than the lon"),
     ("rollouts:three", "CodeImportFailed", "calls rollouts:three(prompts, trainer): missing a required argument: 'tri"),
     ("rollouts:awaited", "CodeImportFailed", "rollouts:awaited is async def, and the trainer does not await it"),
     ("rollouts:Made", "CodeImportFailed", "rollouts:Made is a class without a method reset, which begins an episode"),

@@ -242,6 +242,26 @@ def keep_plain_weights() -> None:
     layers.dispatch_cpu_unquantized_gemm = plain
 
 
+def assume_cpus() -> None:
+    """Let vLLM take a machine without GPUs for one with CPUs, where its build for GPUs else takes it for none.
+
+    Without a platform vLLM 0.31 cannot even make its parser (config/device.py, "Failed to infer device type"): the
+    defaults depend on it, which options there are does not. It helps itself so for `vllm bench`
+    (entrypoints/cli/main.py). Goes when `vllm serve --help` works there. For processes that start no engine.
+    """
+    from vllm import platforms
+
+    if platforms.current_platform.is_unspecified():
+        from vllm.platforms.cpu import CpuPlatform
+
+        platforms.current_platform = CpuPlatform()
+
+
+def long_options(parser: Any) -> list[str]:
+    """Return the long options of an argparse parser without their hyphens; argparse has no public list of them."""
+    return [name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")]
+
+
 def use_rollout_client() -> None:
     """Let TRL's trainers speak with their vLLM servers through our client.
 

@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.api.shapes import Dataset as Member
+from posttrain.api.inputs import Dataset as Member
 from posttrain.contract.config import ResolvedSource, TrainingConfig
 from posttrain_workloads import hub
 from posttrain_workloads._compat import hub_transport_error

@@ -23,6 +23,7 @@ from posttrain_workloads.problems import Findings, Problem, refuse
 from posttrain_workloads.prompts import PROMPT, shape_prompts
 from posttrain_workloads.reward_checks import check_columns, check_endpoints, try_own_rewards
 from posttrain_workloads.scoring import WatchedReward, build_rewards
+from posttrain_workloads.server_options import check_server_options
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -52,6 +53,7 @@ def check_grpo(
     check_reference(config, findings)
     check_loss(config, findings)
     warn_of_unseen_weights(args, findings)
+    check_server_options(config, findings)
     mixture: Mixture | None = None
     # Without a tokenizer, which is a problem already, the rest is looked at as with most models.
     templated = model.tokenizer is None or bool(model.tokenizer.chat_template)
@@ -149,7 +151,7 @@ def check_prompts(
         outcome.estimates["longest prompt"] = f"{longest:,} tokens"
         completion = args.get("max_completion_length", 512)
         _judge_length(findings, longest, limit=_positions(model), completion=completion)
-        _judge_engine_length(findings, longest, limit=args.get("vllm_max_model_length"), completion=completion)
+        _judge_engine_length(findings, longest, *_engine_limit(config, args), completion=completion)
         return longest
     return None
 
@@ -214,14 +216,24 @@ def _judge_length(findings: Findings, longest: int, *, limit: int | None, comple
         )
 
 
-def _judge_engine_length(findings: Findings, longest: int, *, limit: int | None, completion: int | None) -> None:
+def _engine_limit(config: TrainingConfig, args: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Return the field that bounds prompt and completion together in vLLM, and its value."""
+    servers = config.spec.rollout_servers
+    if servers is None:
+        return "spec.grpo.args.vllm_max_model_length", args.get("vllm_max_model_length")
+    return "spec.grpo.rollout.server.maxModelLength", servers.max_model_length
+
+
+def _judge_engine_length(
+    findings: Findings, longest: int, path: str, limit: int | None, *, completion: int | None
+) -> None:
     """vLLM refuses a prompt beyond its limit at the step that has it, and ends completions there without a word."""
     needed = longest + (completion or 0)
     if limit is not None and needed > limit:
         findings.add(
             Problem(
                 "ConfigInvalid",
-                f"spec.grpo.args.vllm_max_model_length: {limit:,} tokens are fewer than the longest prompt "
+                f"{path}: {limit:,} tokens are fewer than the longest prompt "
                 f"({longest:,}) and max_completion_length ({completion or 0:,}) have together: write at least "
                 f"{needed:,}, or leave it out",
             )

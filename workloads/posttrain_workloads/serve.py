@@ -59,7 +59,7 @@ def serve_options(config: TrainingConfig, *, folder: Path, environ: Mapping[str,
     if on_cpus and not {"enforce-eager", "no-enforce-eager"} & servers.args.keys():
         options.append("--enforce-eager")  # compiling takes minutes there
     for name, value in servers.args.items():
-        options += _written(name, value)
+        options += write_option(name, value)
     return options
 
 
@@ -80,15 +80,12 @@ def serve_dtype(config: TrainingConfig, *, folder: Path, environ: Mapping[str, s
     return str(shape.get("dtype") or shape.get("torch_dtype") or "float32")
 
 
-def _written(name: str, value: JsonValue) -> Iterator[str]:
+def write_option(name: str, value: JsonValue) -> Iterator[str]:
     """Yield an option as the command line has it; true stands for one without a value."""
     yield f"--{name}"
-    if isinstance(value, dict):
-        yield json.dumps(value)
-    elif isinstance(value, list):
-        yield from (str(item) for item in value)
-    elif value is not True:
-        yield str(value)
+    if value is not True:
+        for item in value if isinstance(value, list) else [value]:
+            yield item if isinstance(item, str) else json.dumps(item)
 
 
 if __name__ == "__main__":

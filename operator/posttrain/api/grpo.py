@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from posttrain.api.base import ApiModel, Decimal, Distinct, JsonObject, ShortText
+from posttrain.api.inputs import EntryPoint, SecretKey
 from posttrain.api.rules import Rule
 from posttrain.api.servers import RolloutServers
-from posttrain.api.shapes import EntryPoint, SecretKey
 from posttrain.api.signal import Signal
 
 

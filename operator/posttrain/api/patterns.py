@@ -11,7 +11,8 @@ from pydantic import StringConstraints
 
 from posttrain.api.base import DnsLabel, ObjectName
 from posttrain.api.grpo import PistonAddress
-from posttrain.api.shapes import SOURCE_PATTERN, EntryPoint, EnvironmentName, HubEndpoint
+from posttrain.api.inputs import SOURCE_PATTERN, EntryPoint, HubEndpoint
+from posttrain.api.resources import EnvironmentName
 from posttrain.api.spelling import write_value
 
 _SOURCES = "org/name (or hf://org/name) on the Hub, pvc://claim/path in a volume, file:///path on this machine"

@@ -14,19 +14,35 @@ from posttrain.api.base import ApiModel, JsonObject, Quantity
 
 OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 """A long option of `vllm serve`, without its hyphens in front."""
+_LIKE_OPTION = re.compile(r"-(-|[A-Za-z])")
 
 _ADDRESS = "posttrain gives every server its address"
 _ONE_POD = "a server is one pod: write spec.grpo.rollout.server.replicas and gpusPerNode"
 _TRUST = "posttrain makes a key, and says who may reach the servers"
 _MODEL = "it follows from spec.model"
+_OVER_GPUS = "write spec.grpo.rollout.server.tensorParallelSize"
+_PLAIN = "the weights that are handed over are not quantized"
 _HAND_OVER = "handing weights over depends on it"
 OWNED_OPTIONS = {
     "api-key": _TRUST,
     "api-server-count": _ONE_POD,
+    "code-revision": _MODEL,
     "config": "write its options here",
+    "data-parallel-external-lb": _ONE_POD,
+    "data-parallel-hybrid-lb": _ONE_POD,
+    "data-parallel-multi-port-external-lb": _ONE_POD,
+    "data-parallel-rank": _ONE_POD,
     "data-parallel-size": _ONE_POD,
+    "data-parallel-size-local": _ONE_POD,
+    "data-parallel-start-rank": _ONE_POD,
+    "decode-context-parallel-size": _OVER_GPUS,
+    "device-ids": "write spec.grpo.rollout.server.gpusPerNode",
     "dtype": "it is the type that the trainer computes in: write spec.model.dtype",
+    "grpc": _HAND_OVER,
     "headless": _ONE_POD,
+    "hf-config-path": _MODEL,
+    "hf-overrides": _MODEL,
+    "hf-token": "write spec.access.hubTokenSecretRef: a token in a resource can be read by everybody who sees it",
     "host": _ADDRESS,
     "logprobs-mode": _HAND_OVER,
     "max-logprobs": _HAND_OVER,
@@ -36,13 +52,17 @@ OWNED_OPTIONS = {
     "node-rank": _ONE_POD,
     "pipeline-parallel-size": _ONE_POD,
     "port": _ADDRESS,
-    "quantization": "the weights that are handed over are not quantized",
+    "prefill-context-parallel-size": _OVER_GPUS,
+    "quantization": _PLAIN,
+    "quantization-config": _PLAIN,
     "revision": _MODEL,
     "root-path": _ADDRESS,
     "served-model-name": _ADDRESS,
     "ssl-certfile": _TRUST,
     "ssl-keyfile": _TRUST,
-    "tensor-parallel-size": "write spec.grpo.rollout.server.tensorParallelSize",
+    "tensor-parallel-size": _OVER_GPUS,
+    "tokenizer": _MODEL,
+    "tokenizer-revision": _MODEL,
     "trust-remote-code": "write spec.model.trustRemoteCode",
     "uds": _ADDRESS,
     "weight-transfer-config": _HAND_OVER,
@@ -100,10 +120,15 @@ class RolloutServers(ApiModel):
 def find_option_problems(servers: RolloutServers) -> Iterator[tuple[str, str]]:
     """Yield each option that cannot be, and what to change; whether vLLM knows it, only its image can tell."""
     for name, value in servers.args.items():
+        owned = OWNED_OPTIONS.get(name) or OWNED_OPTIONS.get(name.removeprefix("no-"))
         if not OPTION.fullmatch(name):
             near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
             yield name, f"is no long option of vLLM: write `{near}`, without hyphens in front and in lower case"
-        elif name in OWNED_OPTIONS:
-            yield name, f"is set by posttrain: {OWNED_OPTIONS[name]}"
+        elif owned is not None:
+            yield name, f"is set by posttrain: {owned}"
         elif value is None or value is False:
             yield name, f"an option that is not wanted is left out; one that is turned off is called no-{name}"
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and _LIKE_OPTION.match(item):
+                    yield name, f"{item} would be read as another option: write that one as a key of its own"

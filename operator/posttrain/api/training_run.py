@@ -21,27 +21,14 @@ from posttrain.api.base import (
     StatusModel,
     Time,
 )
+from posttrain.api.execution import Lora, Parallelism, Prepare, Restarts
 from posttrain.api.grpo import Grpo, Sandbox
+from posttrain.api.inputs import Access, Callback, Code, ColumnName, Dataset, EntryPoint, Model
+from posttrain.api.outputs import Checkpoints, Tracking
+from posttrain.api.resources import PodOverrides, Resources
 from posttrain.api.rewards import REWARDS
 from posttrain.api.rules import Rule
 from posttrain.api.servers import RolloutServers
-from posttrain.api.shapes import (
-    Access,
-    Callback,
-    Checkpoints,
-    Code,
-    ColumnName,
-    Dataset,
-    EntryPoint,
-    Lora,
-    Model,
-    Parallelism,
-    PodOverrides,
-    Prepare,
-    Resources,
-    Restarts,
-    Tracking,
-)
 from posttrain.api.training_run_status import TrainingRunStatus
 
 KIND: Literal["TrainingRun"] = "TrainingRun"

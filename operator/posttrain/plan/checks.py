@@ -13,8 +13,8 @@ from posttrain.errors import Problem
 from posttrain.plan.deepspeed import STAGES, find_deepspeed_problems
 from posttrain.plan.fsdp import find_fsdp_problems
 from posttrain.plan.labels import RESERVED_PREFIXES
+from posttrain.plan.pod_environment import is_reserved_variable
 from posttrain.plan.sources import find_source_problems
-from posttrain.plan.trainer_pod import is_reserved_variable
 from posttrain.settings import Settings
 
 

@@ -29,6 +29,7 @@ from posttrain.plan.objects import (
     build_service_account,
     code_items,
 )
+from posttrain.plan.pod_inputs import Assignment, PodInputs
 from posttrain.plan.prepare_job import build_prepare_job, prepare_ref
 from posttrain.plan.pytorchjob import build_pytorchjob, job_ref
 from posttrain.plan.quantities import parse_quantity
@@ -41,7 +42,6 @@ from posttrain.plan.rollout_servers import (
 )
 from posttrain.plan.sandbox import build_sandbox, sandbox_ref, sandbox_urls
 from posttrain.plan.situation import CONFIG_MAP, Situation
-from posttrain.plan.trainer_pod import Assignment, PodInputs
 from posttrain.plan.types import Manifest, ObjectRef
 
 CLAIM = "v1", "PersistentVolumeClaim"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.api.shapes import Parallelism
+from posttrain.api.execution import Parallelism
 from posttrain.errors import Problem
 
 STAGES = {"ZeRO1": 1, "ZeRO2": 2, "ZeRO3": 3}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from pydantic import JsonValue
 
-from posttrain.api.shapes import Parallelism
+from posttrain.api.execution import Parallelism
 from posttrain.errors import Problem
 
 

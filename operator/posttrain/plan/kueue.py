@@ -20,7 +20,8 @@ from typing import Any
 from posttrain.plan import labels, names
 from posttrain.plan.manifests import is_being_deleted, parse_time
 from posttrain.plan.objects import build_metadata
-from posttrain.plan.trainer_pod import Assignment, PodInputs, build_server_template, build_trainer_template
+from posttrain.plan.pod_inputs import Assignment, PodInputs
+from posttrain.plan.trainer_pod import build_server_template, build_trainer_template
 from posttrain.plan.types import Manifest, ObjectRef, StatusPatch
 
 API_VERSION = "kueue.x-k8s.io/v1beta2"

@@ -14,7 +14,8 @@ from posttrain.contract.result import ExitCode
 from posttrain.plan import labels, names
 from posttrain.plan.manifests import is_being_deleted, parse_time
 from posttrain.plan.objects import build_metadata
-from posttrain.plan.trainer_pod import PREPARE_CONTAINER, PodInputs, build_prepare_template
+from posttrain.plan.pod_inputs import PodInputs
+from posttrain.plan.trainer_pod import PREPARE_CONTAINER, build_prepare_template
 from posttrain.plan.types import Manifest, ObjectRef
 
 API_VERSION = "batch/v1"

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from posttrain.plan import labels, names
 from posttrain.plan.manifests import is_being_deleted, parse_time
 from posttrain.plan.objects import build_metadata
-from posttrain.plan.trainer_pod import PodInputs, build_trainer_template
+from posttrain.plan.pod_inputs import PodInputs
+from posttrain.plan.trainer_pod import build_trainer_template
 from posttrain.plan.types import Manifest, ObjectRef
 
 API_VERSION = "kubeflow.org/v1"

@@ -15,7 +15,8 @@ from posttrain.api.training_run import TrainingRun
 from posttrain.plan import labels, names
 from posttrain.plan.manifests import container_status, is_being_deleted, pod_condition
 from posttrain.plan.objects import build_metadata
-from posttrain.plan.trainer_pod import SERVER_CONTAINER, SERVER_KEY, SERVER_PORT, PodInputs, build_server_template
+from posttrain.plan.pod_inputs import SERVER_KEY, SERVER_PORT, PodInputs
+from posttrain.plan.trainer_pod import SERVER_CONTAINER, build_server_template
 from posttrain.plan.types import Manifest, ObjectRef
 
 API_VERSION = "apps/v1"

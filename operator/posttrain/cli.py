@@ -6,6 +6,8 @@ It owns options, output and exit codes; it must not decide anything, nor import 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -181,6 +183,7 @@ def status(
     from posttrain.api.loader import dump_document
     from posttrain.local.state import list_runs, lock_holder, state_root
     from posttrain.local.status_text import TABLE_HEADER, align, detail_lines, table_row
+    from posttrain.local.summary import shown
 
     now = datetime.now(UTC)
     folders = [_find_run(name, state=state)[0]] if name else list_runs(state or state_root())
@@ -194,7 +197,13 @@ def status(
             print("---\n".join(dump_document(item) for item in data), end="")
     elif name:
         ((folder, run),) = runs
-        print("\n".join(detail_lines(run, executed=lock_holder(folder) is not None, now=now)))
+        executed = lock_holder(folder) is not None
+
+        def locate(uri: str) -> str:
+            place = folder.locate(uri)
+            return uri if place is None else shown(place)
+
+        print("\n".join(detail_lines(run, executed=executed, now=now, locate=locate)))
     elif runs:
         rows = [table_row(run, executed=lock_holder(folder) is not None, now=now) for folder, run in runs]
         print("\n".join(align([TABLE_HEADER, *rows])))
@@ -254,7 +263,8 @@ def compare(
     if not found:
         print("Spec, effective arguments and provenance are equal.")
     if output is not None:
-        write_comparison(sides[0], second=sides[1], out=output)
+        with _writing(output):
+            write_comparison(sides[0], second=sides[1], out=output)
         print(f"Curves: {output}", file=sys.stderr)
 
 
@@ -283,7 +293,19 @@ def convert(
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text, encoding="utf-8")
+        with _writing(output):
+            output.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Turn the system's refusal to write a file that was asked for into a message."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be written ({error.strerror}): name a file in a folder that is there"
+        ) from None
 
 
 def _name_of(recipe: Path) -> str:
@@ -304,7 +326,9 @@ def env(name: Annotated[str, typer.Argument(metavar="NAME", help="An image: trai
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:
         with console.status("") as spinner:
-            interpreter = ensure_environment(name, cache=cache_root(), report=spinner.update)
+            interpreter = ensure_environment(
+                name, cache=cache_root(), report=spinner.update, announce=lambda line: console.print(line, markup=False)
+            )
     else:
         interpreter = ensure_environment(name, cache=cache_root(), report=lambda line: print(line, file=sys.stderr))
     print(interpreter)

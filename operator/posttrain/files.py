@@ -14,7 +14,7 @@ from posttrain.api.args import check_deprecated
 from posttrain.api.loader import Document, apply_assignment, format_path, load_documents, parse_assignment
 from posttrain.api.methods import args_path, table_of
 from posttrain.api.training_run import KIND, TrainingRun
-from posttrain.api.validate import parse_training_run
+from posttrain.api.validate import Checked, check_training_run
 from posttrain.errors import InvalidResource, Problem, UserError
 from posttrain.plan.checks import find_spec_problems
 from posttrain.settings import Profile, Settings
@@ -88,11 +88,20 @@ def check_run(document: Document, *, data: Mapping[str, Any], settings: Settings
     Raises:
         InvalidResource: with every problem that can be seen without looking further than the file.
     """
-    run = parse_training_run(data, origin=document.origin, line_of=document.line_of)
-    problems = find_spec_problems(run.spec, settings=settings or assume_settings(run))
-    if problems:
-        raise InvalidResource(add_lines(problems, document=document), origin=document.origin)
+    checked = check_training_run(data, line_of=document.line_of)
+    run = checked.run
+    found = find_spec_problems(run.spec, settings=settings or assume_settings(run)) if run is not None else []
+    problems = add_to_problems(checked, found, document=document)
+    if run is None or problems:
+        raise InvalidResource(problems, origin=document.origin)
     return run
+
+
+def add_to_problems(checked: Checked, found: Sequence[Problem], *, document: Document) -> tuple[Problem, ...]:
+    """Return the problems of a resource with those `found` in what is valid of it, in the order of their lines."""
+    sure = [problem for problem in found if not checked.is_in_doubt(problem.path)]
+    problems = [*checked.problems, *add_lines(sure, document=document)]
+    return tuple(sorted(problems, key=lambda problem: problem.line or 0))
 
 
 def assume_settings(run: TrainingRun) -> Settings:

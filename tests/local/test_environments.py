@@ -62,6 +62,10 @@ def write_lock(images: Path, *, name: str, wheel: Path, digest: str | None = Non
     digest = digest or hashlib.sha256(wheel.read_bytes()).hexdigest()
     lines = ["--no-index", f"--find-links {wheel.parent}", f"tiny==1.0 --hash=sha256:{digest}"]
     (images / name / "requirements.txt").write_text("\n".join(lines) + "\n")
+    (images / name / "uv.lock").write_text(
+        '[[package]]\nname = "tiny"\nversion = "1.0"\n'
+        f'wheels = [{{ url = "https://example.com/{wheel.name}", size = {wheel.stat().st_size} }}]\n'
+    )
 
 
 @pytest.fixture
@@ -95,8 +99,26 @@ def test_an_environment_has_what_its_lock_names_and_nothing_of_ours(tmp_path: Pa
     assert run(interpreter, "import tiny; print(tiny.ANSWER)") == "42"
     assert run(interpreter, "import importlib.util as i; print(i.find_spec('pydantic'))") == "None"
     assert interpreter.is_relative_to(tmp_path / "cache" / "envs")
-    assert lines[0] == f"making the environment {interpreter.parents[1].name}"
+    assert lines[:2] == [
+        f"making the environment {interpreter.parents[1].name}",
+        "The environment of the image small is made, which is done once: 1 package, about 0 MB to download where uv's "
+        "cache holds none of them",
+    ]
     assert any(line.startswith("Installed 1 package") for line in lines)
+
+
+def test_what_is_to_be_downloaded_is_announced_apart_and_only_where_it_is(tmp_path: Path, images: Path) -> None:
+    announced: list[str] = []
+    lines: list[str] = []
+
+    for _ in range(2):
+        ensure_environment(
+            "small", cache=tmp_path / "cache", report=lines.append, announce=announced.append, images=images
+        )
+
+    assert len(announced) == 1
+    assert "about 0 MB to download" in announced[0]
+    assert not set(announced) & set(lines)
 
 
 def test_an_environment_is_made_once_for_a_lock_and_anew_for_another(tmp_path: Path, images: Path) -> None:

@@ -221,7 +221,35 @@ def test_problems_of_the_spec_and_of_the_machine_come_together(folder: Path) -> 
     problems = refusal(folder, parallelism=parallelism, datasets=[{"source": "file://nowhere"}])
 
     assert len(problems) == 2
-    assert problems[0].startswith("spec.parallelism.config")
+    assert problems[1].startswith("spec.parallelism.config")
+
+
+def test_a_wrong_field_hides_no_problem_of_the_machine_or_of_other_fields(folder: Path) -> None:
+    problems = refusal(
+        folder,
+        datasets=[{"source": "file://nowhere", "weight": 1}],
+        sft={"args": {"learning_rat": 1e-4, "output_dir": "x"}},
+        parallelism={"strategy": "ZeRO2", "config": {"zero_optimization": {"stage": 3}}},
+        resources={"gpusPerNode": 8},
+        restart={},
+    )
+
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        "spec.datasets[0].source",
+        "spec.datasets[0].weight",
+        "spec.sft.args.learning_rat",
+        "spec.sft.args.output_dir",
+        "spec.resources.gpusPerNode",
+        "spec.parallelism.config.zero_optimization.stage",
+        "spec.restart",
+    ]
+
+
+def test_of_a_field_that_is_wrong_nothing_more_is_said(folder: Path) -> None:
+    for resources in ({"gpuPerNode": 0}, {"gpusPerNode": "0"}, {"gpusPerNode": -1}):
+        (problem,) = refusal(folder, resources=resources)
+
+        assert problem.startswith(f"spec.resources.{next(iter(resources))}: ")
 
 
 def test_own_code_of_a_folder_becomes_what_a_config_map_would_hold(folder: Path) -> None:

@@ -121,6 +121,13 @@ def test_what_only_the_plan_knows_is_found_too(tmp_path: Path) -> None:
     assert done.stderr.startswith("run.yaml:16: spec.parallelism.config.train_batch_size")
 
 
+def test_a_typo_hides_nothing_that_only_the_plan_knows(tmp_path: Path) -> None:
+    bad = RESOURCE.replace("learning_rate", "learning_rat")
+    bad += "  parallelism:\n    strategy: ZeRO2\n    config:\n      train_batch_size: 3\n"
+    done = _posttrain("validate", _write(tmp_path, bad), cwd=tmp_path)
+    assert [line.split(" ", 1)[0] for line in done.stderr.splitlines()] == ["run.yaml:12:", "run.yaml:16:"]
+
+
 def test_a_config_map_may_stand_beside_the_run(tmp_path: Path) -> None:
     text = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: code}\ndata: {}\n---\n" + RESOURCE
     done = _posttrain("validate", _write(tmp_path, text), cwd=tmp_path)
@@ -207,6 +214,33 @@ def test_a_recipe_becomes_a_valid_file_and_what_is_dropped_is_named(tmp_path: Pa
     assert _posttrain("validate", "demo.yaml", cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "config_demo.yaml", "-o", "config_demo.yaml/demo.yaml"),
+        ("compare", "stratos-demo", "stratos-hot", "-o", "config_demo.yaml/both.html"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_a_message(arguments: tuple[str, ...], recorded: Path) -> None:
+    _write(recorded, RECIPE, name="config_demo.yaml")
+    done = _posttrain(*arguments, cwd=recorded)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"{arguments[-1]} cannot be written (")
+    assert last.endswith("): name a file in a folder that is there")
+
+
+def test_a_folder_for_runs_that_cannot_be_made_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    resource = RESOURCE + "  resources: {gpusPerNode: 0}\n"
+    done = _posttrain("run", _write(tmp_path, resource), "--state", "file/runs", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"{tmp_path}/file/runs/first cannot be written to (Not a directory): say where runs are kept with "
+        "--state FOLDER or $POSTTRAIN_STATE\n"
+    )
+
+
 # --- What has run -----------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +248,14 @@ def test_status_lists_the_runs(recorded: Path) -> None:
     lines = _posttrain("status", cwd=recorded).stdout.splitlines()
     assert lines[0].split() == ["NAME", "MODEL", "STATE", "STEP", "METRIC", "ETA", "RESTARTS", "AGE"]
     assert [line.split()[0] for line in lines[1:]] == ["stratos-demo", "stratos-hot"]
+
+
+def test_status_of_a_run_names_folders_of_this_machine(recorded: Path) -> None:
+    lines = _posttrain("status", "stratos-demo", cwd=recorded).stdout.splitlines()
+    rows = dict(line.split(":", 1) for line in lines[: lines.index("")])
+    storage = "state/stratos-demo/storage"
+    assert rows["Trained model"].strip() == f"{storage}/model"
+    assert rows["Checkpoint"].strip().partition(" in ")[2].startswith(f"{storage}/checkpoint-")
 
 
 def test_status_of_a_run_is_the_resource_itself_where_asked_for(recorded: Path) -> None:

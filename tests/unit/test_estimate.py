@@ -106,6 +106,16 @@ def test_parameters_are_counted_in_safetensors_headers(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(34))
     assert count_parameters([file, file]) == 2 * (6 + 5)
+    whole = file.read_bytes()
+    for content, said in (
+        (whole[:-1], "bytes, and should have"),
+        (whole[:20], "is no safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1", "is no safetensors file"),
+        (b"", "is no safetensors file"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            count_parameters([file])
 
 
 # A shape with round numbers: a layer has 4 * 100 * 100 + 3 * 100 * 300 + 200 = 130,200 parameters.

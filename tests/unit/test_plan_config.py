@@ -184,3 +184,17 @@ def test_files_of_the_machine_are_for_settings_that_allow_them() -> None:
 @pytest.mark.parametrize("name", ["PET_NNODES", "FSDP_VERSION", "POSTTRAIN_CONFIG", "OMP_NUM_THREADS", "HF_TOKEN"])
 def test_variables_that_the_platform_sets_are_refused(name: str) -> None:
     assert len(problems(podOverrides={"env": [{"name": name, "value": "1"}]})) == 1
+
+
+def test_what_no_adapter_and_no_cpu_can_do_is_refused_before_anything_starts() -> None:
+    on_cpus = {"gpusPerNode": 0, "cpu": "2", "memory": "4Gi"}
+
+    assert problems(peft={"method": "LoRA", "dropout": "1"}) == [
+        'spec.peft.dropout: "1" drops everything: write a share below 1, as in "0.05"'
+    ]
+    assert problems(peft={"method": "LoRA", "dropout": "0.99"}) == []
+    assert problems(sft={"args": {"fp16": True}}, resources=on_cpus) == [
+        "spec.sft.args.fp16: fp16 is for GPUs: leave it out to train in float32 on CPUs, or write bf16: true"
+    ]
+    assert problems(sft={"args": {"fp16": True}}, resources={"gpusPerNode": 1}) == []
+    assert problems(sft={"args": {"fp16": False}}, resources=on_cpus) == []

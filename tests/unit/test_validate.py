@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.api.loader import apply_assignment, load_documents, parse_assignment
-from posttrain.api.validate import parse_training_run
+from posttrain.api.validate import check_training_run, parse_training_run
 from posttrain.errors import InvalidResource, Problem
 
 GOOD: dict[str, Any] = {
@@ -190,6 +190,25 @@ def test_a_rule_is_not_held_against_a_field_that_is_wrong_or_misspelt() -> None:
     assert list(problems_of(changed("spec.code=mine.py", "spec.callbacks=[{function: 'mine:Callback'}]"))) == [
         "spec.code"
     ]
+
+
+def test_what_is_right_beside_a_mistake_is_kept_to_be_looked_at() -> None:
+    checked = check_training_run(
+        changed("spec.sft.args.lr=1", "spec.numNode=3", "spec.datasets[0].weight=1", "spec.resources.gpuPerNode=2")
+    )
+
+    assert len(checked.problems) == 4
+    assert checked.run is not None
+    assert checked.run.spec == parse_training_run(GOOD).spec
+    assert checked.is_in_doubt("spec.sft.args.learning_rate")
+    assert checked.is_in_doubt("spec.resources.gpusPerNode")
+    assert not checked.is_in_doubt("spec.datasets[0].source")
+    assert not checked.is_in_doubt("spec.resources.numNodes")
+
+
+def test_nothing_is_kept_of_a_resource_that_lacks_what_it_needs() -> None:
+    for change in ("spec.sft=", "spec.datasets=[]", "kind=Pod", "metadata.name=A_B", "spec.model.source=/x"):
+        assert check_training_run(changed(change)).run is None
 
 
 def test_a_resource_of_another_kind_is_not_judged_field_by_field() -> None:

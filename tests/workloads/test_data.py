@@ -37,6 +37,9 @@ def found(trainer_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
     ten, five = jsonl("ten", pairs(10)), jsonl("five", pairs(5, base=100))
     (folder / "table.csv").write_text("")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "blank.jsonl").write_text("\n")
+    (folder / "sums.csv").write_text("prompt,completion\n1 + 1 =,2\n2 + 2 =,4\n")
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["text"])
         writer.writeheader()
@@ -115,6 +118,9 @@ def found(trainer_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         case("empty folder", at("empty")),
         case("wrong kind", at("notes.txt")),
         case("broken", at("broken.jsonl")),
+        case("empty file", at("empty.jsonl")),
+        case("only a line break", at("blank.jsonl")),
+        case("numbers in a table", at("sums.csv")),
         case("split of a path", {**ten, "split": "test"}),
         case("several", at("no.jsonl"), {**ten, "columns": ["a"]}, evalDatasets=[at("neither.csv")]),
     ]
@@ -237,6 +243,9 @@ def test_files_that_cannot_be_read_are_told_of(found: dict[str, Any]) -> None:
     assert "notes.txt" in the_problem(found, "wrong kind")
     assert "cannot be read as JSON" in the_problem(found, "broken")
     assert "for datasets on the Hub" in the_problem(found, "split of a path")
+    assert "there is nothing in" in the_problem(found, "empty file")
+    assert "blank.jsonl cannot be read as JSON" in the_problem(found, "only a line break")
+    assert "completion holds numbers: write JSON Lines" in the_problem(found, "numbers in a table")
 
 
 def test_the_problems_of_all_members_come_at_once(found: dict[str, Any]) -> None:

@@ -54,6 +54,10 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     no_tokenizer = copy_model(tiny_model, folder / "no-tokenizer", without=("tokenizer*", "chat_template.jinja"))
     pickled = copy_model(tiny_model, folder / "pickled", without=("*.safetensors",))
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    cloned, copied = copy_model(tiny_model, folder / "cloned"), copy_model(tiny_model, folder / "copied")
+    (cloned / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with (copied / "model.safetensors").open("r+b") as weights:
+        weights.truncate(1_000_000)
     model = f"file://{tiny_model}"
 
     def case(name: str, *, model: str = model, datasets: Any = (rows,), **more: Any) -> dict[str, Any]:
@@ -75,6 +79,14 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         case("template given", model=f"file://{no_template}", model_fields={"chatTemplate": MARKED}),
         case("text needs no template", model=f"file://{no_template}", datasets=[{"source": f"file://{pairs}"}]),
         case("pickled", model=f"file://{pickled}"),
+        case("cloned without weights", model=f"file://{cloned}"),
+        case("half copied", model=f"file://{copied}"),
+        case("modules", peft={"targetModules": ["q_proj", "mlp.up_proj"]}),
+        case("misspelt module", peft={"targetModules": ["q_proj", "v_porj"]}),
+        case("schedule", args={"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}),
+        case("half a schedule", args={"lr_scheduler_type": "cosine_with_min_lr"}),
+        case("schedule misspelt", args={"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 1}}),
+        case("climbing", args={"learning_rate": -1e-4}),
         case("no model", model=f"file://{folder}/nothing"),
         case("eos", model_fields={"eosToken": "<|im_ends|>"}),
         case("refused by TRL", args={"warmup_steps": -1.0}),
@@ -135,6 +147,29 @@ def test_good_inputs_pass_and_everything_is_worked_out(found: dict[str, Any]) ->
     assert good["estimates"]["steps per epoch"] == "8"
     assert good["estimates"]["steps"] == "2"
     assert good["commits"] == {}
+
+
+def test_weights_that_are_not_whole_are_told_of_before_they_are_loaded(found: dict[str, Any]) -> None:
+    assert "is a pointer of Git LFS" in the_problem(found, "cloned without weights")
+    assert "run `git lfs pull`" in the_problem(found, "cloned without weights")
+    assert "model.safetensors has 1,000,000 bytes, and should have" in the_problem(found, "half copied")
+
+
+def test_modules_of_an_adapter_that_the_model_lacks_are_named_with_those_it_has(found: dict[str, Any]) -> None:
+    assert found["modules"]["problems"] == []
+    problem = the_problem(found, "misspelt module")
+    assert "spec.peft.targetModules" in problem
+    assert "has no module v_porj: did you mean v_proj? Its linear layers are called down_proj, gate_proj" in problem
+
+
+def test_a_schedule_is_built_before_the_trainer_would(found: dict[str, Any]) -> None:
+    assert found["schedule"]["problems"] == []
+    assert "spec.sft.args.lr_scheduler_kwargs: lr_scheduler_type cosine_with_min_lr: " in the_problem(
+        found, "half a schedule"
+    )
+    assert "min_lr_rate" in the_problem(found, "half a schedule")
+    assert "num_cycle" in the_problem(found, "schedule misspelt")
+    assert "spec.sft.args.learning_rate" in the_problem(found, "climbing")
 
 
 def test_the_effective_arguments_are_those_of_the_real_class(found: dict[str, Any]) -> None:

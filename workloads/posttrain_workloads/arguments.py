@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT_STEPS_MAX = 500
 SERVER_SECONDS = 3600.0
+COLLECTIVE_SECONDS = 7200
+"""The other ranks wait in a collective while rank 0 waits for a server, hands weights over and gets completions."""
 _TRACKERS = {"WandB": "wandb", "Trackio": "trackio", "MLflow": "mlflow", "TensorBoard": "tensorboard"}
 
 
@@ -66,6 +68,8 @@ def training_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict
     if config.gang.gpus_per_node == 0:
         # TRL turns bf16 on wherever it is unset; on a CPU that is slower and less exact.
         defaults |= {"bf16": False, "dataloader_pin_memory": False}
+    if config.spec.rollout_servers is not None:
+        defaults["ddp_timeout"] = COLLECTIVE_SECONDS
     return {**defaults, **config.args, **owned_args(config, environ=environ)}
 
 

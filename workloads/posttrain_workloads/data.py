@@ -156,15 +156,17 @@ def _load_files(target: Path, *, path: str, source: str) -> Dataset:
 
     files = _data_files(target, path=path, source=source)
     builder = _BUILDERS[files[0].suffix.lower()]
+    if not any(file.stat().st_size for file in files):
+        raise refuse("DatasetEmpty", f"{path}: there is nothing in {source}: name a file with rows")
     try:
         return datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train")
-    except (DatasetsError, ValueError, OSError) as error:
+    except (DatasetsError, ValueError, OSError, StopIteration) as error:  # StopIteration: JSON without a single row
         cause = error.__cause__ or error
         raise refuse(
             "DatasetNotFound",
             f"{path}: {source} cannot be read as {builder.upper() if builder != 'parquet' else 'Parquet'} "
             f"({type(cause).__name__}: {str(cause).strip().splitlines()[0][:300] if str(cause).strip() else ''}): "
-            "every file must hold rows with the same columns",
+            "mend what it names; every file must hold rows with the same columns",
         ) from error
 
 

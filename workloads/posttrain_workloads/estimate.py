@@ -129,14 +129,24 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture | None:
 def count_parameters(files: Iterable[Path]) -> int:
     """Return the parameters in safetensors files, from their headers alone.
 
-    Format: 8 bytes little endian, the length of a JSON object of `{name: {dtype, shape, data_offsets}}`.
+    Format: 8 bytes little endian, the length of a JSON object of `{name: {dtype, shape, data_offsets}}`, and the data.
+
+    Raises:
+        ValueError: a file is not of this format, or not as long as its header says.
     """
     total = 0
     for path in files:
+        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+            header = json.loads(file.read(length)) if 8 + length <= size else None
+        if not isinstance(header, dict):
+            raise ValueError(f"{path.name} is no safetensors file")
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+        if size != expected:
+            raise ValueError(f"{path.name} has {size:,} bytes, and should have {expected:,}")
+        total += sum(math.prod(entry["shape"]) for entry in tensors)
     return total
 
 

@@ -85,7 +85,7 @@ def decide_layout(rows: Dataset, *, path: str, text_field: str) -> Layout:
         raise refuse(
             "DatasetColumnMissing",
             f"{path}: prompt and completion must both be text or both lists of messages with role and content; here "
-            f"they are {in_words(pair[0])} and {in_words(pair[1])}",
+            f"they are {in_words(pair[0])} and {in_words(pair[1])}{_say_numbers(rows, ('prompt', 'completion'))}",
         )
     if shapes.get("conversations") == "messages":
         return Layout("messages", ("conversations",), "messages")
@@ -209,6 +209,14 @@ def _explain_columns(shapes: Mapping[str, Shape], sharegpt: list[str], *, text_f
         f"{text}What would do: `messages` (a list of role and content), `conversations` (from and value), `prompt` "
         f"with `completion`, or `{text_field}`"
     )
+
+
+def _say_numbers(rows: Dataset, columns: tuple[str, ...]) -> str:
+    """Return what to do about columns of numbers, into which a reader of CSV turns the text of numbers."""
+    numeric = [column for column in columns if isinstance(rows[0][column], int | float)]
+    if not numeric:
+        return ""
+    return f". {' and '.join(numeric)} holds numbers: write JSON Lines with its values in quotes (CSV has no types)"
 
 
 def in_words(shape: Shape) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 
 from posttrain.api.base import JsonObject
 from posttrain.contract.config import TrainingConfig
-from posttrain_workloads import hub
+from posttrain_workloads import estimate, hub
 from posttrain_workloads.problems import refuse
 from posttrain_workloads.sources import describe, locate
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
+_GIT_LFS = b"version https://git-lfs"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "vocab.tiktoken"}
@@ -101,6 +102,30 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def count_parameters(folder: Path, *, source: str) -> int:
+    """Return the parameters of the model in a folder, whose weights are seen to be there and whole.
+
+    Raises:
+        InvalidInputs: they are not.
+    """
+    files = weight_files(folder)
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(len(_GIT_LFS)) == _GIT_LFS:
+                raise refuse(
+                    "ModelNotFound",
+                    f"spec.model.source: {file.name} of {source} is a pointer of Git LFS, which stands for the weights "
+                    "and is not them: run `git lfs pull` where the model was cloned",
+                )
+    try:
+        return estimate.count_parameters(files)
+    except ValueError as error:  # json's and unicode's errors among them
+        raise refuse(
+            "ModelNotFound",
+            f"spec.model.source: the weights of {source} are not whole ({error}): copy or download them again",
+        ) from error
+
+
 def load_tokenizer(config: TrainingConfig, *, environ: Mapping[str, str]) -> Any:
     """Return the tokenizer, with the spec's chat template and end of turn where they are given.
 
@@ -168,7 +193,7 @@ def load_model(config: TrainingConfig, *, environ: Mapping[str, str]) -> Any:
 
     folder = model_folder(config, environ=environ)
     check_files([file.name for file in folder.iterdir()], source=describe(config.model))
-    weight_files(folder)
+    count_parameters(folder, source=describe(config.model))
     spec = config.spec
     on_gpus = config.gang.gpus_per_node > 0
     dtype: Any = spec.model.dtype
@@ -219,6 +244,37 @@ def build_peft_config(config: TrainingConfig) -> Any:
         lora_dropout=float(spec.dropout),
         target_modules=list(spec.target_modules) if spec.target_modules else "all-linear",
         task_type="CAUSAL_LM",
+    )
+
+
+def check_target_modules(config: TrainingConfig, *, environ: Mapping[str, str]) -> None:
+    """See that each of spec.peft.targetModules is in the model, which is built without its weights for that.
+
+    Raises:
+        InvalidInputs: one is not, which peft says only where none is.
+    """
+    spec = config.spec.peft
+    if spec is None or spec.target_modules is None:
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    known = load_model_config(config, environ=environ)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(known, trust_remote_code=config.spec.model.trust_remote_code)
+    modules = dict(model.named_modules())
+    missing = [
+        target for target in spec.target_modules if not any(f".{name}".endswith(f".{target}") for name in modules)
+    ]
+    if not missing:
+        return
+    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    near = [match for target in missing for match in difflib.get_close_matches(target, linear, n=1)]
+    hint = f"did you mean {' and '.join(near)}? " if near else ""
+    raise refuse(
+        "ConfigInvalid",
+        f"spec.peft.targetModules: {describe(config.model)} has no module {' or '.join(missing)}: {hint}Its linear "
+        f"layers are called {', '.join(sorted(linear))}",
     )
 
 

@@ -24,17 +24,18 @@ from posttrain.contract import environment
 from posttrain.contract.config import HubSource, MountedSource, ResolvedSource, TrainingConfig
 from posttrain.contract.facts import PhaseChanged
 from posttrain.contract.result import ExitCode
-from posttrain_workloads import estimate, hub
+from posttrain_workloads import hub
 from posttrain_workloads.arguments import make_args, training_args
 from posttrain_workloads.failures import explain_failure
 from posttrain_workloads.grpo_checks import check_grpo
 from posttrain_workloads.model import (
     check_files,
+    check_target_modules,
     check_tokenizer_files,
+    count_parameters,
     load_model_config,
     load_tokenizer,
     model_folder,
-    weight_files,
 )
 from posttrain_workloads.outcome import KnownModel, Outcome, build_fact, build_result, checks_wanted, say, write_files
 from posttrain_workloads.owncode import build_callbacks, load_trainer_class
@@ -167,7 +168,10 @@ def check_model(config: TrainingConfig, findings: Findings, *, environ: Mapping[
         if isinstance(config.model, HubSource):
             parameters = hub.count_remote_parameters(config.model.repo, config.model.revision, path="spec.model")
         else:
-            parameters = estimate.count_parameters(weight_files(folder))
+            parameters = count_parameters(folder, source=source)
+    if shape:
+        with findings.collect():
+            check_target_modules(config, environ=environ)
     with findings.collect():
         check_tokenizer_files(names, source=source)
         tokenizer = load_tokenizer(config, environ=environ)
@@ -193,8 +197,36 @@ def build_effective_args(config: TrainingConfig, outcome: Outcome, *, environ: M
         outcome.effective_args = {key: _plain(value) for key, value in kept.items() if not key.endswith("_token")}
         if wanted.get("eos_token"):
             outcome.effective_args["eos_token"] = wanted["eos_token"]
+        with outcome.findings.collect():
+            check_schedule(args, path=f"spec.{config.method}.args")
         return args
     return None
+
+
+def check_schedule(args: Any, *, path: str) -> None:
+    """Build the schedule of the learning rate, which a trainer does only when it begins; `path` is where args stand.
+
+    Raises:
+        InvalidInputs: torch refuses the learning rate, or transformers what the schedule is given.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    key = "learning_rate"
+    try:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        key = "lr_scheduler_kwargs"
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError) as error:
+        raise refuse(
+            "ConfigInvalid", f"{path}.{key}: lr_scheduler_type {args.lr_scheduler_type.value}: {error}"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

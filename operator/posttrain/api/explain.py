@@ -6,12 +6,13 @@ It owns how a path finds its field; it must not print.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from posttrain.api.args import ArgsTable, describe_type
 from posttrain.api.methods import METHODS, args_path, table_of
 from posttrain.api.schema import FREE_FORM, Node, resource_schema
-from posttrain.api.spelling import first_sentence, join_names, nearest, write_value
+from posttrain.api.spelling import first_sentence, join_names, nearest, plain, write_value
 from posttrain.api.training_run import (
     KIND,
     MUTABLE_FIELDS,
@@ -19,6 +20,8 @@ from posttrain.api.training_run import (
     MUTABLE_RESOURCES_FIELDS,
 )
 from posttrain.errors import UserError
+
+_FEW = 4
 
 
 class UnknownField(UserError):
@@ -168,10 +171,25 @@ def _not_found(name: str, before: list[str], fields: dict[str, Node]) -> str:
     if near is not None:
         return f"{'.'.join([*before, name])}: no such field, did you mean {'.'.join([*before, near])}?"
     if not before:
+        places = [*_places_of(name), *(".".join((*args_path(m), name)) for m in METHODS if name in table_of(m).keys)]
+        if places:
+            return f"{name}: no such field, did you mean {join_names(places[:_FEW], conjunction='or')}?"
         return f"{name}: no such field: a path begins with {join_names(list(fields), conjunction='or')}"
     if not fields:
         return f"{place}.{name}: no such field: {place} has no fields"
     return f"{place}.{name}: no such field; {place} has {join_names(list(fields))}"
+
+
+def _places_of(name: str) -> list[str]:
+    """Return the paths in the spec that end with a name, the shortest first."""
+
+    def search(node: Node, path: str) -> Iterator[str]:
+        for field, part in _inside(node).items():
+            if plain(field) == plain(name):
+                yield f"{path}.{field}"
+            yield from search(part, f"{path}.{field}")
+
+    return sorted(search(resource_schema()["properties"]["spec"], "spec"), key=lambda path: path.count("."))
 
 
 # --- Training arguments -----------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ It owns how problems are found and worded; it must not read files, nor judge wha
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,6 +31,8 @@ LineOf = Callable[[Path], int | None]
 
 _FEW = 14
 
+_Found = list[tuple[Path, str]]
+
 # What dataset mixtures call these elsewhere.
 _SYNONYMS = {"id": "source", "weight": "fraction"}
 
@@ -40,28 +44,78 @@ def parse_training_run(data: Mapping[str, Any], *, origin: str = "", line_of: Li
         InvalidResource: with every problem that can be seen in the resource itself, in the order of their lines where
             `line_of` knows them.
     """
+    checked = check_training_run(data, line_of=line_of)
+    if checked.run is None or checked.problems:
+        raise InvalidResource(checked.problems, origin=origin)
+    return checked.run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A resource after its checks."""
+
+    run: TrainingRun | None
+    """The run, its `args` coerced. Where there are problems: what is left without the values that are wrong, to look
+    for problems of other kinds in; None where nothing valid is left."""
+    problems: tuple[Problem, ...]
+    doubtful: tuple[str, ...]
+    """Paths of the values that are wrong: nothing can be said of what `run` has in their place."""
+
+    def is_in_doubt(self, path: str) -> bool:
+        """Tell whether what is at a path may come from a value that is wrong."""
+        return any(f"{path}.".startswith((f"{doubt}.", f"{doubt}[")) for doubt in self.doubtful)
+
+
+def check_training_run(data: Mapping[str, Any], *, line_of: LineOf | None = None) -> Checked:
+    """Return the TrainingRun in `data` with every problem that can be seen in the resource itself."""
+    run, found, doubtful = _check(data)
+    if found:
+        rest = copy.deepcopy(dict(data))
+        for path, _ in found:
+            _remove(rest, path)
+        run, left, _ = _check(rest)
+        run = None if left else run
+    return Checked(
+        run=None if run is None else run.model_copy(update={"spec": coerce_spec(run.spec)}),
+        problems=_in_order(found, line_of=line_of),
+        doubtful=tuple(format_path(path) for path in doubtful),
+    )
+
+
+def _check(data: Mapping[str, Any]) -> tuple[TrainingRun | None, _Found, list[Path]]:
+    """Return the run, where the schema takes it, what is wrong with it, and the paths of what is in doubt."""
     found = _wrong_type_of_resource(data)
+    if any(path == ("kind",) for path, _ in found):
+        return None, found, []
+    sent = drop_nulls(dict(data), resource_schema())
     run = None
-    if all(path != ("kind",) for path, _ in found):
-        sent = drop_nulls(dict(data), resource_schema())
-        try:
-            # Python's own spelling of the names is not the API's: num_nodes is as unknown as any typo.
-            run = TrainingRun.model_validate_json(json.dumps(sent), strict=True, by_alias=True, by_name=False)
-            errors: list[ErrorDetails] = []
-        except ValidationError as error:
-            errors = [item for item in error.errors() if not _is_consequence(item)]
-        found += [(_path_of(item), _explain(item)) for item in errors if _path_of(item) not in {p for p, _ in found}]
-        found += _broken_rules(sent, doubtful=[_meant_path(item) for item in errors])
-        wrong_args = _wrong_args(sent)
-        found += wrong_args
-        if run is not None and not wrong_args:
-            found += find_grpo_problems(run.spec)
-    if run is None or found:
-        raise InvalidResource(_in_order(found, line_of=line_of), origin=origin)
-    return run.model_copy(update={"spec": coerce_spec(run.spec)})
+    errors: list[ErrorDetails] = []
+    try:
+        # Python's own spelling of the names is not the API's: num_nodes is as unknown as any typo.
+        run = TrainingRun.model_validate_json(json.dumps(sent), strict=True, by_alias=True, by_name=False)
+    except ValidationError as error:
+        errors = [item for item in error.errors() if not _is_consequence(item)]
+    found += [(_path_of(item), _explain(item)) for item in errors if _path_of(item) not in {p for p, _ in found}]
+    doubtful = [_meant_path(item) for item in errors]
+    broken = _broken_rules(sent, doubtful=doubtful)
+    wrong_args = _wrong_args(sent)
+    found += [*broken, *wrong_args]
+    if run is not None and not wrong_args:
+        found += find_grpo_problems(run.spec)
+    # What a wrong argument should have been, the others may depend on.
+    return run, found, [*doubtful, *(path for path, _ in broken), *(path[:3] for path, _ in wrong_args)]
 
 
-_Found = list[tuple[Path, str]]
+def _remove(data: dict[str, Any], path: Path) -> None:
+    """Take out the value at a path; an entry of a list stays, so that the others keep their places."""
+    parent: Any = data
+    for step in path[:-1]:
+        inside = isinstance(step, int) and isinstance(parent, list) and step < len(parent)
+        if not inside and not (isinstance(parent, dict) and step in parent):
+            return
+        parent = parent[step]
+    if isinstance(parent, dict):
+        parent.pop(path[-1], None)
 
 
 def _is_consequence(error: ErrorDetails) -> bool:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from posttrain.errors import UserError
 from posttrain.local.container import Command, open_shim, read_end
+from posttrain.local.downloads import measure_downloads
 from posttrain.local.machine import has_nvidia_driver
 
 COMPLETE_MARKER = ".posttrain-complete"
@@ -49,6 +50,8 @@ class Lock:
     name: str
     """The image's, with `-cpu` after it for the variant for machines without an NVIDIA driver."""
     requirements: Path
+    resolution: Path
+    """The uv.lock that the requirements were exported from."""
     metadata: Path | None
     """A project that is installed too: a distribution without code, which a build for CPUs is found by."""
 
@@ -72,11 +75,13 @@ def ensure_environment(
     *,
     cache: Path,
     report: Callable[[str], None],
+    announce: Callable[[str], None] | None = None,
     images: Path | None = None,
     nvidia: bool | None = None,
 ) -> Path:
     """Return the interpreter of an image's environment, which is made first if need be; `report` gets lines on the way.
 
+    `announce` gets in place of `report` what a person should still see while it is made: what there is to download.
     `images` is the folder that holds a folder an image; `nvidia` chooses the variant for machines with NVIDIA's driver
     or the one for those without, in place of what this machine has. Two processes may ask at once: one makes it, the
     other waits.
@@ -93,7 +98,7 @@ def ensure_environment(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock"), report=report):
         if not (folder / COMPLETE_MARKER).exists():
-            _make(folder, lock=lock, report=report)
+            _make(folder, lock=lock, report=report, announce=announce or report)
     return interpreter
 
 
@@ -107,10 +112,12 @@ def find_lock(name: str, *, images: Path, nvidia: bool) -> Lock:
     if not requirements.is_file():
         known = ", ".join(sorted(folder.parent.name for folder in images.glob("*/requirements.txt"))) or "none"
         raise UserError(f"there is no image {name!r} with a requirements.txt in {images}: take one of these: {known}")
+    own = images / name / "uv.lock"
+    resolution = own if own.is_file() else images.parent / "uv.lock"
     for_cpus = images / name / "requirements-cpu.txt"
     if nvidia or not for_cpus.is_file():
-        return Lock(name=name, requirements=requirements, metadata=None)
-    return Lock(name=f"{name}-cpu", requirements=for_cpus, metadata=images / name / "cpu")
+        return Lock(name=name, requirements=requirements, resolution=resolution, metadata=None)
+    return Lock(name=f"{name}-cpu", requirements=for_cpus, resolution=resolution, metadata=images / name / "cpu")
 
 
 @contextmanager
@@ -124,11 +131,13 @@ def _locked(file: Path, *, report: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _make(folder: Path, *, lock: Lock, report: Callable[[str], None]) -> None:
+def _make(folder: Path, *, lock: Lock, report: Callable[[str], None], announce: Callable[[str], None]) -> None:
     uv = _find_uv()
     if folder.exists():
         shutil.rmtree(folder)
     report(f"making the environment {folder.name}")
+    found = measure_downloads(lock.requirements.read_text(), resolution=lock.resolution.read_text())
+    announce(f"The environment of the image {lock.name} is made, which is done once: {found}")
     if lock.metadata is not None:
         report("it is the variant for machines where nvidia-smi finds no GPU")
     # The interpreter is this process's: what the lock's markers and wheels were chosen for.

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from posttrain.api.loader import Document
 from posttrain.api.training_run import TrainingRun
-from posttrain.api.validate import parse_training_run
+from posttrain.api.validate import check_training_run
 from posttrain.errors import InvalidResource, Problem, UserError
-from posttrain.files import add_lines, assign_to_runs, find_runs, name_of, read_documents
+from posttrain.files import add_to_problems, assign_to_runs, find_runs, name_of, read_documents
 from posttrain.local.machine import Machine, local_settings
 from posttrain.local.needs import find_gpu_problems, needed_environments
 from posttrain.local.preflight import Given, find_local_problems, read_code, read_secrets, resolve_paths
@@ -89,10 +89,10 @@ def load_requests(options: Options, *, machine: Machine, state_root: Path) -> tu
     problems: list[Problem] = []
     for document, data in zip(found, changed, strict=True):
         resolved = resolve_paths(data, folder=options.file.absolute().parent)
-        try:
-            run = parse_training_run(resolved, origin=document.origin, line_of=document.line_of)
-        except InvalidResource as error:
-            problems += error.problems
+        checked = check_training_run(resolved, line_of=document.line_of)
+        run = checked.run
+        if run is None:
+            problems += checked.problems
             continue
         resources = run.spec.resources
         settings = local_settings(machine, profile=resources.profile, num_nodes=resources.num_nodes)
@@ -102,10 +102,11 @@ def load_requests(options: Options, *, machine: Machine, state_root: Path) -> tu
             *find_reference_problems(run.spec, state_root=state_root, beside=names),
         ]
         # Only of a spec without problems it is known what it becomes.
-        objects = () if seen else preview_training_run(run, now=datetime.now(UTC), settings=settings)
+        whole = not checked.problems and not seen
+        objects = preview_training_run(run, now=datetime.now(UTC), settings=settings) if whole else ()
         resource = settings.profiles[settings.default_profile].gpu_resource
         seen += find_gpu_problems(objects, machine=machine, resource=resource)
-        problems += add_lines(seen, document=document)
+        problems += add_to_problems(checked, seen, document=document)
         runs.append((run, settings, objects))
     if problems:
         raise InvalidResource(tuple(problems), origin=str(options.file))

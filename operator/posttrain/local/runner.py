@@ -174,7 +174,7 @@ def _ensure_environments(request: Request, *, cache: Path, view: View) -> dict[s
     for image, name in environments_by_image(request.settings.images).items():
         if name in request.environments:
             view.stage(f"looking for the environment of the image {name}")
-            interpreters[image] = ensure_environment(name, cache=cache, report=view.stage)
+            interpreters[image] = ensure_environment(name, cache=cache, report=view.stage, announce=view.message)
     return interpreters
 
 

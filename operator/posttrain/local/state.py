@@ -100,6 +100,12 @@ class RunFolder:
         """Return the file with both outputs of a pod's container."""
         return self.logs / f"{pod}.log"
 
+    def locate(self, uri: str) -> Path | None:
+        """Return where something lies that the run wrote, `pvc://<claim>/<run>/<path>`; None for what it did not."""
+        _, _, place = uri.removeprefix("pvc://").partition("/")
+        run, _, path = place.partition("/")
+        return self.storage / path if uri.startswith("pvc://") and run == self.name else None
+
     def read_run(self) -> TrainingRun | None:
         """Return the resource as it was written last; None if there is none.
 
@@ -148,10 +154,17 @@ def locked(folder: RunFolder, *, command: str) -> Iterator[None]:
     """Hold the run's lock; the system gives it back however this process ends.
 
     Raises:
-        UserError: another process executes the run.
+        UserError: another process executes the run, or the folder cannot be made or written to.
     """
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.lock_file.open("a+") as handle:
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        opened = folder.lock_file.open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{folder.path} cannot be written to ({error.strerror}): say where runs are kept with --state FOLDER or "
+            "$POSTTRAIN_STATE"
+        ) from None
+    with opened as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

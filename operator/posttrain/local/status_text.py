@@ -6,7 +6,7 @@ It owns wording and units; it must not print, colour or read anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 
 from posttrain.api.conditions import FINISHED, SUCCEEDED, find_condition, is_true
@@ -139,8 +139,11 @@ def failure_lines(failure: FailureStatus) -> list[str]:
     return lines
 
 
-def detail_lines(run: TrainingRun, *, executed: bool, now: datetime) -> list[str]:
-    """Return the text of `posttrain status NAME`; `executed`: a process is at work on it."""
+def detail_lines(run: TrainingRun, *, executed: bool, now: datetime, locate: Callable[[str], str] = str) -> list[str]:
+    """Return the text of `posttrain status NAME`; `executed`: a process is at work on it.
+
+    `locate` tells where on this machine a URI of the status is.
+    """
     spec, status = run.spec, run.status
     gang = f"{spec.resources.world_size} {'rank' if spec.resources.world_size == 1 else 'ranks'}"
     rows = [
@@ -153,8 +156,8 @@ def detail_lines(run: TrainingRun, *, executed: bool, now: datetime) -> list[str
         ("Progress", progress_text(status)),
         ("Duration", _optional_duration(elapsed_seconds(status, now=now))),
         ("Restarts", _restarts_text(status)),
-        ("Checkpoint", _checkpoint_text(status)),
-        ("Trained model", status.model.uri or "" if status.model else ""),
+        ("Checkpoint", _checkpoint_text(status, locate=locate)),
+        ("Trained model", locate(status.model.uri) if status.model and status.model.uri else ""),
         ("Summary", _summary_text(status)),
     ]
     lines = [f"{name + ':':<15}{value}" for name, value in rows if value]
@@ -183,11 +186,11 @@ def _restarts_text(status: TrainingRunStatus) -> str:
     return f"{text}, {counters.steps_lost} steps trained again" if counters.steps_lost else text
 
 
-def _checkpoint_text(status: TrainingRunStatus) -> str:
+def _checkpoint_text(status: TrainingRunStatus, *, locate: Callable[[str], str]) -> str:
     kept = status.checkpoints
     if kept is None or kept.latest_step is None:
         return ""
-    return f"step {kept.latest_step}" + (f" in {kept.latest_uri}" if kept.latest_uri else "")
+    return f"step {kept.latest_step}" + (f" in {locate(kept.latest_uri)}" if kept.latest_uri else "")
 
 
 def _summary_text(status: TrainingRunStatus) -> str:

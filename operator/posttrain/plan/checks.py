@@ -5,6 +5,8 @@ It owns the problems and their wording; it must not look at anything observed.
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 from posttrain.api.grpo_checks import find_grpo_problems
 from posttrain.api.loader import format_path
 from posttrain.api.methods import args_path, find_args_problems
@@ -24,6 +26,8 @@ def find_spec_problems(spec: TrainingRunSpec, *, settings: Settings) -> list[Pro
         *_args(spec),
         *find_source_problems(spec, allow_files=settings.allow_file_sources),
         *_parallelism(spec),
+        *_peft(spec),
+        *_precision(spec),
         *_profile(spec, settings),
         *_code(spec, settings),
         *_pod_overrides(spec),
@@ -47,6 +51,20 @@ def _parallelism(spec: TrainingRunSpec) -> list[Problem]:
         )
         return [Problem(path="spec.parallelism.config", message=message)]
     return []
+
+
+def _peft(spec: TrainingRunSpec) -> list[Problem]:
+    if spec.peft is None or Decimal(spec.peft.dropout) < 1:
+        return []
+    message = f'"{spec.peft.dropout}" drops everything: write a share below 1, as in "0.05"'
+    return [Problem(path="spec.peft.dropout", message=message)]
+
+
+def _precision(spec: TrainingRunSpec) -> list[Problem]:
+    if spec.resources.gpus_per_node or not spec.training.args.get("fp16"):
+        return []
+    message = "fp16 is for GPUs: leave it out to train in float32 on CPUs, or write bf16: true"
+    return [Problem(path=f"{'.'.join(args_path(spec.method))}.fp16", message=message)]
 
 
 def _profile(spec: TrainingRunSpec, settings: Settings) -> list[Problem]:

@@ -135,8 +135,8 @@ def simplify_unless_known(difference: Any) -> Any:
     """Simplify what math-verify compares with zero, unless it is known not to be; then return another such number."""
     if isinstance(difference, Expr):
         if difference.is_number:
-            # Before it is evaluated SymPy takes (0 + sqrt(2))**2 - 2 not to be zero.
-            if difference.is_zero is False and difference.doit().is_zero is False:
+            # Before it is evaluated SymPy takes (0 + sqrt(2))**2 - 2 not to be zero, or contradicts itself.
+            if difference.doit().is_zero is False:
                 return difference
         elif residue(difference):
             return Integer(1)

@@ -55,6 +55,8 @@ def main() -> None:
         closed,
         shortcuts,
         plainly,
+        numbers,
+        differences,
     ):
         found[check.__name__] = check()
     out.write_text(json.dumps(found))
@@ -272,6 +274,67 @@ def plainly() -> dict[str, Any]:
         if grade != plain:
             found["different"].append([gold, answer, grade, plain])
     return found
+
+
+def numbers() -> list[str]:
+    """Whole numbers that are read otherwise than latex2sympy reads them."""
+    from latex2sympy2_extended import latex2sympy2
+    from sympy import srepr
+
+    from posttrain_workloads.rewards.grader import QuickConverter
+
+    draw = random.Random(40)
+    texts = ["0", "00", "007", *("".join(draw.choices("0123456789", k=draw.randint(1, 40))) for _ in range(1000))]
+    return [
+        text for text in texts if srepr(QuickConverter().parse(text)) != srepr(latex2sympy2._Latex2Sympy().parse(text))
+    ]
+
+
+def differences() -> dict[str, Any]:
+    """How many generated differences are zero and not, and which of them simplifying finds to be the other."""
+    from sympy import simplify
+    from sympy.parsing.sympy_parser import parse_expr
+
+    from posttrain_workloads.rewards.grader import residue, simplify_unless_known
+
+    draw = random.Random(50)
+    found: dict[str, Any] = {"zero": 0, "not": 0, "known": 0, "different": []}
+    for _ in range(400):
+        a, b, c = (draw.choice(TERMS) for _ in range(3))
+        left, right = draw.choice(IDENTITIES)
+        error = draw.choice(["", "", *ERRORS])
+        text = f"({left}) - ({right}){error}".replace("A", f"({a})").replace("B", f"({b})").replace("C", f"({c})")
+        difference = parse_expr(text, evaluate=False)
+        plainly, quickly = (is_zero(function, difference) for function in (simplify, simplify_unless_known))
+        found["zero" if plainly else "not"] += 1
+        found["known"] += residue(difference) not in (None, 0)
+        if plainly != quickly:
+            found["different"].append(text)
+    return found
+
+
+def is_zero(simplify: Callable[[Any], Any], difference: Any) -> bool:
+    """Tell what math-verify finds of a difference; an error of SymPy is a wrong answer to it."""
+    try:
+        return bool(simplify(difference).is_zero)
+    except Exception:
+        return False
+
+
+TERMS = ("x", "y", "2*x", "x + 1", "3", "1/7", "x*y - 2", "x**2", "-y", "0", "sqrt(2)", "pi", "sin(x)", "0.5", "1 - 1")
+IDENTITIES = (
+    ("A*(B + C)", "A*B + A*C"),
+    ("(A + B)**2", "A**2 + 2*A*B + B**2"),
+    ("(A + B)*(A - B)", "A**2 - B**2"),
+    ("(A**2 - B**2)/(A + B + 4)", "(A - B)*(A + B)/(A + B + 4)"),
+    ("A/(C + 5) + B/(C + 5)", "(A + B)/(C + 5)"),
+    ("(A + 7)**(-2)", "1/(A**2 + 14*A + 49)"),
+    ("A + B", "B + C"),
+    ("A/2305843009213693951", "A/2305843009213693951"),
+)
+"""Equal for all values of their terms, but the last but one. The last divides by the prime of grader.py."""
+
+ERRORS = (" + 1", " - x", " + 1/1000000", " + 2305843009213693951", " + 2305843009213693951*x*y", " + 0")
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ import pytest
 from tests.workloads._prepare_configs import build_case_config, run_cases, write_jsonl
 
 pytestmark = pytest.mark.workloads
+
+WRITE_PARQUET = """
+import json, sys
+import pyarrow, pyarrow.parquet
+
+pyarrow.parquet.write_table(pyarrow.Table.from_pylist(json.load(sys.stdin)), sys.argv[1])
+"""
 
 
 def pairs(count: int, *, base: int = 0) -> list[dict[str, Any]]:
@@ -52,6 +60,12 @@ def found(trainer_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     write_jsonl(folder / "shards" / "1.jsonl", conversations(2))
     write_jsonl(folder / "mixed" / "1.jsonl", conversations(2))
     (folder / "mixed" / "2.csv").write_text("text\na\n")
+    subprocess.run(
+        [trainer_python, "-c", WRITE_PARQUET, folder / "talk.parquet"],
+        input=json.dumps(conversations(3)),
+        text=True,
+        check=True,
+    )
 
     def at(path: str) -> dict[str, Any]:
         return {"source": f"file://{folder}/{path}"}
@@ -113,6 +127,7 @@ def found(trainer_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         case("own text column", jsonl("body", [{"body": "a"}]), args={"dataset_text_field": "body"}),
         case("csv", at("table.csv")),
         case("json array", at("array.json")),
+        case("parquet", at("talk.parquet")),
         case("folder", at("shards")),
         case("folder of two kinds", at("mixed")),
         case("empty folder", at("empty")),
@@ -234,6 +249,7 @@ def test_the_text_column_may_have_another_name(found: dict[str, Any]) -> None:
 def test_files_and_folders_of_each_kind_are_read(found: dict[str, Any]) -> None:
     assert len(found["csv"]["train"]) == 3
     assert len(found["json array"]["train"]) == 2
+    assert {row["messages"][0]["content"] for row in found["parquet"]["train"]} == {"0", "1", "2"}
     assert {row["messages"][0]["content"] for row in found["folder"]["train"]} == {"0", "1", "10", "11"}
 
 

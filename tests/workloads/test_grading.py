@@ -147,3 +147,12 @@ def test_the_part_that_is_graded_gives_the_same_answer_as_the_whole_text(found: 
 def test_generated_answers_get_the_grades_of_a_plain_loop(found: dict[str, Any]) -> None:
     assert found["plainly"]["different"] == []
     assert min(found["plainly"]["right"], found["plainly"]["wrong"]) > 100
+
+
+def test_a_whole_number_is_read_as_latex2sympy_reads_it(found: dict[str, Any]) -> None:
+    assert found["numbers"] == []
+
+
+def test_a_difference_that_is_not_simplified_is_none_that_simplifying_finds_to_be_zero(found: dict[str, Any]) -> None:
+    assert found["differences"]["different"] == []
+    assert min(found["differences"][kind] for kind in ("zero", "not", "known")) > 80

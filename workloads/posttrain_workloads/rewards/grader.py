@@ -24,6 +24,7 @@ from __future__ import annotations
 import array
 import ctypes
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -36,11 +37,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
+if __name__ == "__main__":
+    gc.disable()  # until everything is imported: it looks for garbage a hundred times, and there is none
+
 import math_verify.grader
 from antlr4.atn.PredictionMode import PredictionMode
 from latex2sympy2_extended import NormalizationConfig, latex2sympy2
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Expr, Integer, simplify
+from sympy import Add, Expr, Integer, Mul, Pow, Rational, Symbol, simplify
 
 PARENT_CHECK_MILLISECONDS = 500
 HARD_LIMIT_EXTRA_SECONDS = 0.1
@@ -48,6 +52,8 @@ MEMORY_LIMIT_BYTES = 4 * 2**30
 """Of address space; what needs more is a MemoryError in the worker and a wrong answer."""
 
 _PR_SET_PDEATHSIG = 1
+_PRIME = 2**61 - 1
+"""Large, so that a function that is not 0 has hardly ever the residue 0; where it has, SymPy is asked."""
 _Result = TypeVar("_Result")
 
 
@@ -101,7 +107,7 @@ class QuickConverter(latex2sympy2._Latex2Sympy):  # type: ignore[misc]
 
     The parser predicts by ANTLR's SLL first, which it remembers from one text to the next, where the full prediction is
     made anew each time; it gives the same tree or a syntax error (antlr4.atn.PredictionMode). What fails is done again
-    as latex2sympy does it. A whole number is read without Python's compiler.
+    as latex2sympy does it. A whole number is read without parser, and without Python's compiler.
     """
 
     _prediction = PredictionMode.SLL
@@ -112,6 +118,8 @@ class QuickConverter(latex2sympy2._Latex2Sympy):  # type: ignore[misc]
         return parser
 
     def parse(self, latex_str: str) -> Any:
+        if latex_str.isascii() and latex_str.isdigit():
+            return self.parse_number(latex_str)
         try:
             return super().parse(latex_str)
         except Exception:  # a syntax error is of no narrower class
@@ -124,9 +132,41 @@ class QuickConverter(latex2sympy2._Latex2Sympy):  # type: ignore[misc]
 
 
 def simplify_unless_known(difference: Any) -> Any:
-    """Simplify what math-verify compares with zero, unless it is a number that SymPy knows not to be zero."""
-    known = isinstance(difference, Expr) and difference.is_number and difference.is_zero is False
-    return difference if known else simplify(difference)
+    """Simplify what math-verify compares with zero, unless it is known not to be; then return another such number."""
+    if isinstance(difference, Expr):
+        if difference.is_number:
+            # Before it is evaluated SymPy takes (0 + sqrt(2))**2 - 2 not to be zero, or contradicts itself.
+            if difference.doit().is_zero is False:
+                return difference
+        elif residue(difference):
+            return Integer(1)
+    return simplify(difference)
+
+
+def residue(expression: Any) -> int | None:
+    """Return the value of a rational function at one point, modulo a prime; None where it is none, or has none there.
+
+    A function whose value there is not 0 is not 0 everywhere, so that simplifying it cannot give 0.
+    """
+    match expression:
+        case Rational() if expression.q % _PRIME:
+            return int(expression.p) * pow(int(expression.q), -1, _PRIME) % _PRIME
+        case Symbol():
+            return int.from_bytes(hashlib.blake2b(expression.name.encode(), digest_size=8).digest()) % _PRIME
+        case Pow(exp=Integer()):
+            base = residue(expression.base)
+            if base is None or (base == 0 and expression.exp.is_negative):
+                return None
+            return pow(base, int(expression.exp), _PRIME)
+        case Add() | Mul():
+            total = int(isinstance(expression, Mul))
+            for term in expression.args:
+                value = residue(term)
+                if value is None:
+                    return None
+                total = (total * value if isinstance(expression, Mul) else total + value) % _PRIME
+            return total
+    return None
 
 
 def make_quick() -> None:
@@ -280,6 +320,7 @@ def warm_up() -> None:
         gold = parse_gold(config, _SAMPLE)
         is_correct(config, gold, rf"\boxed{{{_SAMPLE.strip('$')}}}")
     gc.freeze()
+    gc.enable()
 
 
 _SAMPLE = r"$\frac{1}{2} + \sqrt{3}x^2$"

@@ -242,6 +242,30 @@ def keep_plain_weights() -> None:
     layers.dispatch_cpu_unquantized_gemm = plain
 
 
+def load_to_numbered_cpus() -> None:
+    """Let torch load to the device "cpu:0", which is what accelerate calls the CPU of each of several ranks.
+
+    transformers 5.17, of the image with vLLM, loads the optimizer of a checkpoint to that device (trainer.py,
+    `_load_optimizer_and_scheduler`), and torch 2.13 knows "cpu" alone. Goes when vLLM allows transformers 5.23, which
+    asks for "cpu".
+    """
+    import torch
+
+    torch.serialization.register_package(_AFTER_CPU, _no_tag, _load_to_cpu)
+
+
+_AFTER_CPU = 11
+"""The rank that torch.serialization asks this in: its own for "cpu" has 10."""
+
+
+def _no_tag(storage: Any) -> None:
+    """Leave the name of the device in what is saved to others."""
+
+
+def _load_to_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
 def assume_cpus() -> None:
     """Let vLLM take a machine without GPUs for one with CPUs, where its build for GPUs else takes it for none.
 

@@ -132,6 +132,7 @@ def train_to_the_end(
         raise RankFailure("ConfigInvalid", f"the trainer refuses: {error}", exit_code=ExitCode.INVALID) from error
     contract.trainer = trainer
     _compat.post_progress_in_background(trainer)
+    _compat.load_to_numbered_cpus()
     assert_gang(config, trainer)
 
     try:

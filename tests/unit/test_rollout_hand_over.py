@@ -6,12 +6,17 @@ each layer has got of its tensors (model_executor/model_loader/reload/layerwise.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from posttrain_workloads.rollout_errors import ServerLost
 from posttrain_workloads.rollout_hand_over import abandon_hand_over, begin_hand_over
+from posttrain_workloads.runtime import Runtime
 
 QKV = ("q", "k", "v")
 
@@ -119,3 +124,42 @@ def test_a_server_that_cannot_end_its_hand_over_is_lost() -> None:
     with pytest.raises(ServerLost, match="out of memory"):
         abandon_hand_over(server)
     assert server.asked == ["/finish_weight_update"]
+
+
+SENDING = """
+import sys, threading, time
+from concurrent.futures import Future
+
+from posttrain_workloads.rollout_errors import ServerLost
+from posttrain_workloads.rollout_hand_over import end_where_stuck
+
+lives, dies = Future(), Future()
+threading.Timer(0.2, dies.set_exception, [ServerLost("the rollout server b has ended")]).start()
+with end_where_stuck([lives, dies], seconds=float(sys.argv[2])):
+    time.sleep(float(sys.argv[1]))
+print("sent")
+"""
+
+
+def send(runtime: Path, *, for_seconds: float, patience: float) -> subprocess.CompletedProcess[str]:
+    """Send so long, while one of two servers fails after 0.2 s, in a process of its own."""
+    environ = {**os.environ, "POSTTRAIN_RUNTIME": str(runtime), "RANK": "0"}
+    command = [sys.executable, "-c", SENDING, str(for_seconds), str(patience)]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=50, check=False)
+
+
+def test_a_rank_that_sends_without_end_to_a_server_that_is_gone_ends_with_what_that_one_failed_by(
+    tmp_path: Path,
+) -> None:
+    ended = send(tmp_path, for_seconds=60, patience=0.3)
+
+    assert (ended.returncode, ended.stdout) == (138, "")
+    [error] = Runtime(tmp_path).errors()
+    assert (error.reason, error.message, error.rank) == ("ServerLost", "the rollout server b has ended", 0)
+
+
+def test_a_rank_that_gets_its_weights_out_after_a_server_failed_goes_on(tmp_path: Path) -> None:
+    ended = send(tmp_path, for_seconds=1, patience=5)
+
+    assert (ended.returncode, ended.stdout) == (0, "sent\n")
+    assert Runtime(tmp_path).errors() == ()

@@ -26,7 +26,7 @@ from posttrain_workloads.checkpoints import CheckpointKeeper, Found, newest_veri
 from posttrain_workloads.endings import end_early, finish, report_checkpoint
 from posttrain_workloads.failures import explain_failure
 from posttrain_workloads.reporting import Reporter, open_reporter
-from posttrain_workloads.runtime import RankError, RankFailure, Runtime, die_with_parent
+from posttrain_workloads.runtime import RankError, RankFailure, Runtime, die_with_parent, end_rank
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "vllm", "posttrain")
 
@@ -76,13 +76,7 @@ def run_rank(train: Callable[[Rank], None]) -> None:
         )
     except BaseException as error:
         traceback.print_exc()
-        failure = explain_failure(error)
-        runtime.write_error(failure, rank=rank)
-        if reporter is not None:
-            reporter.close()
-        sys.stderr.flush()
-        # Not sys.exit: the process groups' and the data loaders' own clean-up may wait for ranks that are gone.
-        os._exit(failure.exit_code)
+        end_rank(explain_failure(error), environ=os.environ, first=reporter.close if reporter is not None else None)
     if reporter is not None:
         reporter.close()
 

@@ -28,7 +28,7 @@ from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast
 
 from posttrain_workloads.rollout_engine import BROADCAST_SECONDS, JOIN_SECONDS, GlooGroup
 from posttrain_workloads.rollout_errors import RolloutError, ServerLost
-from posttrain_workloads.rollout_hand_over import abandon_hand_over, begin_hand_over
+from posttrain_workloads.rollout_hand_over import abandon_hand_over, begin_hand_over, end_where_stuck
 from posttrain_workloads.rollout_plugin import GLOO
 from posttrain_workloads.rollout_server import ANSWER_SECONDS, RolloutServer
 
@@ -274,9 +274,10 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
 
     def _send(self, named_params: Iterator[tuple[str, torch.Tensor]], replies: list[Future[Any]]) -> None:
         if self._backend == _NCCL:
-            packed_nccl_broadcast_producer(
-                iterator=named_params, group=self.communicator, src=0, post_iter_func=lambda item: item[1]
-            )
+            with end_where_stuck(replies):
+                packed_nccl_broadcast_producer(
+                    iterator=named_params, group=self.communicator, src=0, post_iter_func=lambda item: item[1]
+                )
             return
         for _, weight in named_params:
             plain = weight.detach().contiguous()

@@ -1,20 +1,30 @@
-"""The beginning of a hand-over of weights on one vLLM server, and the end of one that was left half done.
+"""The beginning of a hand-over of weights on a vLLM server, and the ends of one that broke off.
 
-It owns what the server is told then, and by what it is known to be in the middle of one; it must not know how weights
-travel, nor that there are other servers.
+It owns what a server is told then, by what it is known to be in the middle of a hand-over, and when the trainer's end
+of one will never return; it must not know how weights travel.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any, Protocol
 
+from posttrain_workloads.failures import explain_failure
 from posttrain_workloads.rollout_errors import ServerLost
+from posttrain_workloads.runtime import end_rank
 
 _BEGUN = "incomplete"
 """The version of a server in the middle of a hand-over, which no trainer asks for."""
 _ABANDONED = "abandoned"
 _NONE_BEGUN = "finish_weight_update called without a matching start_weight_update"
 """vLLM's answer where there is no hand-over to end (v1/worker/gpu_worker.py)."""
+_STUCK_SECONDS = 10.0
+"""After a server's failure: what does not return by then is taken never to return."""
 _SECONDS = 660.0
 """A server that waits for a tensor of a trainer that is gone answers nothing until it has given up."""
 
@@ -55,6 +65,28 @@ def abandon_hand_over(server: Server) -> None:
             raise
         server.ask("POST", "/start_weight_update", _SECONDS, {})
         _finish(server)
+
+
+@contextmanager
+def end_where_stuck(replies: Sequence[Future[Any]], *, seconds: float = _STUCK_SECONDS) -> Iterator[None]:
+    """End this rank with what a server failed by, where the block still sends `seconds` later.
+
+    NCCL waits without limit for a member of its group that is gone, and nothing in this process can end that but the
+    process's own end. `replies` are the servers' to the announcement of what the block sends.
+    """
+    over = Event()
+
+    def watch() -> None:
+        errors = [error for reply in wait(replies, return_when=FIRST_EXCEPTION).done if (error := reply.exception())]
+        if errors and not over.wait(seconds):
+            logging.error("the weights are still being sent %s s after a server failed: this rank ends", seconds)
+            end_rank(explain_failure(errors[0]), environ=os.environ)
+
+    Thread(target=watch, name="hand-over-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _finish(server: Server) -> None:

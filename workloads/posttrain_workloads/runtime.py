@@ -12,9 +12,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 from posttrain.api.reasons import advice_for
 from posttrain.contract import environment
@@ -135,6 +135,18 @@ class Runtime:
     def log_pipe(self, local_rank: int) -> Path:
         """Return the named pipe into which a rank of this pod writes its log."""
         return self.folder / f"log-{local_rank}"
+
+
+def end_rank(
+    failure: RankFailure, *, environ: Mapping[str, str], first: Callable[[], object] | None = None
+) -> NoReturn:
+    """Leave word of a failure, do what is to be done `first`, and end this rank, from whatever thread."""
+    Runtime.of(environ).write_error(failure, rank=int(environ["RANK"]))
+    if first is not None:
+        first()
+    sys.stderr.flush()
+    # Not sys.exit: the process groups' and the data loaders' own clean-up may wait for ranks that are gone.
+    os._exit(failure.exit_code)
 
 
 def _write(target: Path, text: str) -> None:

@@ -178,7 +178,7 @@ def _field_schema(node: Node, model: type[ApiModel] | None, *, path: str) -> Nod
     if not node.get("description") or not node.get("examples"):
         raise Unfinished(f"{path}: a field of the spec has a description and an example")
     schema = spec_schema(node, model, path=path)
-    schema["description"] = f"{node['description']} Example: {write_value(node['examples'][0])}"
+    schema["description"] = _with_example(node)
     return schema
 
 
@@ -263,8 +263,12 @@ def _unchanged(path: str, *, always_there: bool) -> str:
     return same if always_there else f"has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || {same})"
 
 
-def _status_schema(node: Node, *, name: str = "") -> Node:
-    """Return a part of the status' schema: bounded, nothing required at its top, no defaults."""
+def _status_schema(node: Node, *, name: str = "", path: str = "status") -> Node:
+    """Return a part of the status' schema: bounded, nothing required at its top, no defaults.
+
+    Raises:
+        Unfinished: as `build_crd`.
+    """
     is_map = node["type"] == "object" and "properties" not in node
     schema: Node = {"type": node["type"]}
     schema |= {key: node[key] for key in ("description", "enum", "format", "required", FREE_FORM) if key in node}
@@ -273,13 +277,28 @@ def _status_schema(node: Node, *, name: str = "") -> Node:
     if "additionalProperties" in node:
         schema["additionalProperties"] = _status_schema(node["additionalProperties"])
     if "properties" in node:
-        schema["properties"] = {field: _status_schema(part, name=field) for field, part in node["properties"].items()}
+        schema["properties"] = {
+            field: _status_field(part, name=field, path=f"{path}.{field}") for field, part in node["properties"].items()
+        }
     if "items" in node:
-        schema["items"] = _status_schema(node["items"])
+        schema["items"] = _status_schema(node["items"], path=f"{path}[]")
         schema[_LIST_TYPE] = "map" if name in _STATUS_MAP_LISTS else "atomic"
         if name in _STATUS_MAP_LISTS:
             schema["x-kubernetes-list-map-keys"] = [_STATUS_MAP_LISTS[name]]
     return schema
+
+
+def _status_field(node: Node, *, name: str, path: str) -> Node:
+    schema = _status_schema(node, name=name, path=path)
+    if "properties" in node or "properties" in node.get("items", {}):
+        return schema  # the fields inside have their own
+    if not node.get("description") or not node.get("examples"):
+        raise Unfinished(f"{path}: a field of the status has a description and an example")
+    return {**schema, "description": _with_example(node)}
+
+
+def _with_example(node: Node) -> str:
+    return f"{node['description']} Example: {write_value(node['examples'][0])}"
 
 
 # --- Command ----------------------------------------------------------------------------------------------------------

@@ -172,6 +172,13 @@ def test_every_field_of_the_spec_is_described_with_an_example() -> None:
             assert re.search(r"\. Example: \S", node["description"]), path
 
 
+def test_every_field_of_the_status_that_has_no_fields_has_an_example() -> None:
+    for path, node in walk(root_schema()["properties"]["status"], "status"):
+        inside = "properties" in node or "properties" in node.get("items", {})
+        if not inside and not path.endswith(("[]", ".*")):
+            assert re.search(r"\. Example: \S", node["description"]), path
+
+
 def test_a_field_without_an_example_stops_the_generator() -> None:
     class Bare(ApiModel):
         size: int = Field(ge=0, le=1, description="How much.")

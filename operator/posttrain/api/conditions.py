@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Literal
 
+from pydantic import Field
+
 from posttrain.api.base import StatusModel, Time
 
 ConditionStatus = Literal["True", "False", "Unknown"]
@@ -46,17 +48,17 @@ MESSAGE_MAX_LENGTH = 2048
 class Condition(StatusModel):
     """One condition, as in Kubernetes' metav1.Condition."""
 
-    type: str
+    type: str = Field(examples=["Succeeded"])
     """What it is about."""
-    status: ConditionStatus
+    status: ConditionStatus = Field(examples=["False"])
     """Whether it holds."""
-    reason: str
+    reason: str = Field(examples=["InProgress"])
     """One of docs/reasons.md."""
-    message: str = ""
+    message: str = Field(default="", examples=["step 120 of 1250"])
     """What a person should know."""
-    last_transition_time: Time
+    last_transition_time: Time = Field(examples=["2026-03-01T12:00:00Z"])
     """When status last changed."""
-    observed_generation: int | None = None
+    observed_generation: int | None = Field(default=None, examples=[1])
     """Generation of the spec that it is about."""
 
 

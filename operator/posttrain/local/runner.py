@@ -247,7 +247,8 @@ class Execution:
     def _obey(self, count: int) -> float | None:
         if count == 1:
             self._store.suspend()
-            self._view.message("Stopping after a checkpoint. Ctrl-C again ends everything at once.")
+            how = " after a checkpoint" if self._store.run.status.attempt else ""
+            self._view.message(f"Stopping{how}. Ctrl-C again ends everything at once.")
             return None
         self._view.message("Ending everything at once.")
         self._cluster.kill()

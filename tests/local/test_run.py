@@ -21,7 +21,8 @@ from tests.support.builders import build_spec
 from tests.support.processes import await_gone, wait_for
 
 FAKES = Path(__file__).parents[1] / "support" / "fake_workloads"
-CLI = "from posttrain.cli import main; main()"
+CLI = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from posttrain.cli import main; main()"
+"""As from a terminal, also where the tests run under `nohup`, which lets their children ignore a hangup."""
 
 
 class Place:

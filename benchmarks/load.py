@@ -39,6 +39,7 @@ BEAT_SECONDS = 10.0
 _AGENT = "posttrain-operator"
 _WAIT_SECONDS = 1800.0
 _THREADS = 8
+_GROUPS = {"pods": "/api/v1", "pytorchjobs": "/apis/kubeflow.org/v1"}
 
 pause: Callable[[float], None] = time.sleep
 
@@ -59,20 +60,21 @@ class Client:
         return cls(cluster.url, token=kubeconfig["users"][0]["user"]["token"])
 
     def request(
-        self, method: str, path: str, body: Any, *, token: str = "", content_type: str = "application/json"
+        self, method: str, path: str, body: Any = None, *, token: str = "", content_type: str = "application/json"
     ) -> Any:
-        """Send a body as JSON and return the answer's."""
+        """Send a body, if there is one, as JSON and return the answer's."""
         connection = getattr(self._local, "connection", None)
         if connection is None:
             connection = http.client.HTTPSConnection(self._address, context=self._context, timeout=60)
             self._local.connection = connection
         headers = {"Authorization": f"Bearer {token or self._token}", "Content-Type": content_type}
-        connection.request(method, path, body if isinstance(body, str) else json.dumps(body), headers)
+        text = json.dumps(body) if body is not None and not isinstance(body, str) else body
+        connection.request(method, path, text, headers)
         answer = connection.getresponse()
-        text = answer.read()
+        content = answer.read()
         if answer.status >= 300:
-            raise SystemExit(f"{method} {path}: {answer.status} {text[:500]!r}")
-        return json.loads(text)
+            raise SystemExit(f"{method} {path}: {answer.status} {content[:500]!r}")
+        return json.loads(content)
 
 
 def start_operator(cluster: TestCluster, folder: Path, *, python: Path) -> OperatorProcess:
@@ -113,17 +115,18 @@ def create_all(client: Client, namespace: str, objects: list[dict[str, Any]]) ->
         list(pool.map(create, objects))
 
 
-def await_count(cluster: TestCluster, namespace: str, plural: str, count: int, *, prefix: str = "") -> float:
-    """Wait until so many exist; return the moment."""
+def await_count(client: Client, namespace: str, plural: str, count: int) -> float:
+    """Wait until so many exist; return the moment. The API server counts: a list of them all would keep it busy."""
     deadline = time.monotonic() + _WAIT_SECONDS
+    path = f"{_GROUPS[plural]}/namespaces/{namespace}/{plural}?limit=1"
     while True:
-        listed = cluster.kubectl("get", plural, "--namespace", namespace, "--output", "name", "--ignore-not-found")
+        listed = client.request("GET", path)
         now = time.monotonic()
-        found = [name for name in listed.split() if name.partition("/")[2].startswith(prefix)]
-        if len(found) >= count:
+        found = len(listed["items"]) + listed["metadata"].get("remainingItemCount", 0)
+        if found >= count:
             return now
         if now > deadline:
-            raise SystemExit(f"only {len(found)} of {count} {plural} after {_WAIT_SECONDS:.0f} s")
+            raise SystemExit(f"only {found} of {count} {plural} after {_WAIT_SECONDS:.0f} s")
         pause(0.2)
 
 

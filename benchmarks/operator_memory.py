@@ -70,7 +70,7 @@ def measure(cluster: TestCluster, folder: Path, options: argparse.Namespace) -> 
     try:
         found = {"empty": rest(operator.process.pid)}
         create_all(client, RUNS, [build_run(f"live{i}") for i in range(options.live)])
-        await_count(cluster, RUNS, "pods", PODS * options.live)
+        await_count(client, RUNS, "pods", PODS * options.live)
         found["live"] = rest(operator.process.pid)
         status = finished_status(items(cluster, "trainingruns")[0])
         create_finished(client, status, count=options.finished)

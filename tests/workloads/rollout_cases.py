@@ -79,7 +79,8 @@ def train(
     from trl import GRPOConfig, GRPOTrainer
 
     from posttrain_workloads import _compat
-    from posttrain_workloads.rollout_check import METRIC, RolloutCheck, StaleRolloutWeights, bound_for
+    from posttrain_workloads.rollout_check import StaleRolloutWeights, bound_for
+    from posttrain_workloads.rollout_differences import WORST, compare_rollouts
 
     class Drop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -90,11 +91,11 @@ def train(
         _compat.use_rollout_client()
     else:
         _compat.use_colocated_engine(dtype="float32", eager=True)
-    trainer = GRPOTrainer(
+    trainer = compare_rollouts(GRPOTrainer, bound=bound_for("float32"))(
         model=model,
         reward_funcs=lambda completion_ids, **_: [float(sum(token % 2 for token in ids)) for ids in completion_ids],
         train_dataset=Dataset.from_dict({"prompt": [f"{a} plus {a + 1} is" for a in range(32)]}),
-        callbacks=[RolloutCheck(bound_for("float32")), Drop()],
+        callbacks=[Drop()],
         args=GRPOConfig(
             output_dir=folder,
             max_steps=3,
@@ -122,7 +123,7 @@ def train(
     except StaleRolloutWeights as error:
         stopped = str(error)
     rollout = trainer.vllm_generation
-    differences = [line[METRIC] for line in trainer.state.log_history if METRIC in line]
+    differences = [line[WORST] for line in trainer.state.log_history if WORST in line]
     answer = {"stopped": stopped, "differences": differences}
     if stopped is None:
         wanted = greedy(trainer.model)

@@ -136,6 +136,35 @@ def train(
     return answer
 
 
+def pack(*, model: str) -> dict[str, list[bool]]:
+    """Pack a model with an adapter as vLLM does for NCCL; tell which tensors then are those of the merged model.
+
+    The trainer is as much of TRL's as walks over the parameters. Without our copies it tells why there are any.
+    """
+    import torch
+    from accelerate import Accelerator
+    from peft import LoraConfig, get_peft_model
+    from trl.generation.vllm_generation import DistributedBackend, VLLMGeneration
+    from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
+
+    from posttrain_workloads._compat import copy_as_they_are
+
+    torch.manual_seed(0)
+    trained = get_peft_model(load(model), LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    walker = VLLMGeneration.__new__(VLLMGeneration)
+    walker.model, walker._dist = trained, DistributedBackend(Accelerator(cpu=True))
+    wanted = [weight.clone() for _, weight in walker._iter_named_params()]
+    found = {}
+    for how, walk in (("copied", copy_as_they_are), ("plain", iter)):
+        chunk = pack_tensors(walk(walker._iter_named_params()), lambda item: item[1], 2**30)
+        parts = chunk.packed_tensor.split(chunk.tensor_sizes)
+        found[how] = [
+            torch.allclose(part.view(torch.float32), weight.view(-1), atol=1e-5)
+            for part, weight in zip(parts, wanted, strict=True)
+        ]
+    return found
+
+
 def rejoin(*, model: str, servers: list[str], port: int, pid: int) -> dict[str, Any]:
     """Kill the last server after a hand-over, ask for completions, and hand over anew: somebody starts it again."""
     import os
@@ -216,6 +245,7 @@ def change(model: Any, *, seed: int) -> None:
 
 
 RUN = {
+    "pack": pack,
     "options": options,
     "packed": hand_over,
     "rejoin": rejoin,

@@ -88,6 +88,7 @@ BAD = [
     ("spec.sft.args=[]", "spec.sft.args in body must be of type object"),
     ("spec.grpo={rewards: [{name: code}], sandbox: {mode: Piston}}", "mode Piston needs the addresses of its servers"),
     ("spec.grpo={rewards: [{name: code}], sandbox: {mode: Docker}}", f'Unsupported value: "Docker": {SUPPORTED}Local"'),
+    ("spec.grpo={rewards: [{name: format}], rollout: {server: {}}}", "write mode Server, or leave server out"),
     ("spec.resources.gpusPerNode=65", "spec.resources.gpusPerNode in body should be less than or equal to 64"),
     ("spec.resources.memory=lots", "spec.resources.memory in body should match '^[0-9]+"),
     ("spec.resources.processesPerNode=9", "processesPerNode is more than gpusPerNode, and two ranks cannot share"),

@@ -208,6 +208,19 @@ def test_several_nodes_with_gpus_are_refused_and_without_are_not(folder: Path) -
     assert load(folder, resources={"gpusPerNode": 0, "numNodes": 2}).run.spec.resources.num_nodes == 2
 
 
+def test_servers_need_gpus_beside_those_of_the_gang_and_none_without(folder: Path) -> None:
+    grpo = {"sft": None, "grpo": {"rewards": [{"name": "format"}], "rollout": {"mode": "Server"}}}
+
+    assert refusal(folder, machine=BOX, resources={"gpusPerNode": 1}, **grpo) == [
+        "spec.grpo.rollout.server: the gang and its rollout servers have 2 GPUs together, and this machine has 1 GPU: "
+        "lower spec.resources.gpusPerNode, or spec.grpo.rollout.server.replicas or gpusPerNode, or add --set "
+        "'spec.grpo.rollout={mode: Colocate}'"
+    ]
+    colocated = ("spec.grpo.rollout={mode: Colocate}",)
+    assert load(folder, machine=BOX, sets=colocated, resources={"gpusPerNode": 1}, **grpo).run.spec.gpus == 1
+    assert load(folder, machine=BOX, resources={"gpusPerNode": 0}, **grpo).run.spec.gpus == 0
+
+
 def test_another_image_is_refused_because_there_are_no_containers(folder: Path) -> None:
     (problem,) = refusal(folder, podOverrides={"image": "mine:1"})
 

@@ -172,8 +172,8 @@ def test_what_vllm_cannot_do_for_a_run_is_refused_with_what_can(
 
 SERVER = {"mode": "Server", "server": {}}
 BAD_SERVERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
-    ({"mode": "Server"}, {}, "spec.grpo.rollout.server", "write both or neither"),
-    ({"mode": "Colocate", "server": {}}, {}, "spec.grpo.rollout.server", "write both or neither"),
+    ({"mode": "Colocate", "server": {}}, {}, "spec.grpo.rollout.server", "write mode Server, or leave server out"),
+    ({"server": {}}, {}, "spec.grpo.rollout.server", "write mode Server, or leave server out"),
     ({"mode": "Server", "server": {"gpusPerNode": 0}}, {}, "spec.grpo.rollout.server.gpusPerNode", "from GPU to GPU"),
     (
         {"mode": "Server", "server": {"tensorParallelSize": 2}},
@@ -225,6 +225,25 @@ def test_what_servers_cannot_be_is_refused_with_what_they_can(
     rollout: dict[str, Any], args: dict[str, Any], path: str, said: str
 ) -> None:
     assert_refused(path, said, grpo={"rollout": rollout, "args": args})
+
+
+@pytest.mark.parametrize(
+    ("rollout", "gpus", "of_server", "of_run"),
+    [
+        ({"mode": "Server"}, 8, 1, 9),
+        ({"mode": "Server"}, 0, 0, 0),
+        ({"mode": "Server", "server": {"replicas": 2}}, 0, 0, 0),
+        ({"mode": "Server", "server": {"replicas": 2}}, 1, 1, 3),
+        ({"mode": "Server", "server": {"replicas": 2, "gpusPerNode": 4}}, 8, 4, 16),
+        (COLOCATE, 8, 0, 8),
+    ],
+)
+def test_a_server_has_one_gpu_or_as_the_gang_none_where_nothing_else_is_said(
+    rollout: dict[str, Any], gpus: int, of_server: int, of_run: int
+) -> None:
+    spec = parse_training_run(build_resource(grpo={"rollout": rollout}, resources={"gpusPerNode": gpus})).spec
+
+    assert (spec.server_gpus, spec.gpus, spec.server_engine_size) == (of_server, of_run, max(of_server, 1))
 
 
 @pytest.mark.parametrize(

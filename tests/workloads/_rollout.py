@@ -40,7 +40,8 @@ class DroppingEngine(GlooWeightTransferEngine):
 
 
 def dropping():
-    return Path(os.environ["DROP_WHILE"]).exists()
+    pod = os.environ.get("POSTTRAIN_POD_NAME", "")
+    return pod.endswith(os.environ.get("DROP_POD", "")) and Path(os.environ["DROP_WHILE"]).exists()
 
 
 def register():
@@ -48,7 +49,7 @@ def register():
 
     WeightTransferEngineFactory.register_engine("gloo", "dropping", "DroppingEngine")
 """
-"""A plugin whose server acknowledges weights and does not take them while a file is there."""
+"""A plugin whose server acknowledges weights and drops them while a file is there; of the servers of a run one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +117,8 @@ def start(python: Path, model: Path, folder: Path, *, variables: Mapping[str, st
     return Server(url=f"http://127.0.0.1:{port}", process=process, log=log)
 
 
-def add_dropping_plugin(folder: Path) -> None:
-    """Install the plugin `dropping` into the folder of a server that is not started yet."""
-    packages = folder / "packages"
+def add_dropping_plugin(packages: Path) -> None:
+    """Install the plugin `dropping` where a server that is not started yet finds its packages."""
     info = packages / "dropping-1.dist-info"
     info.mkdir(parents=True)
     (packages / "dropping.py").write_text(DROPPING)

@@ -79,7 +79,8 @@ def train(
     from trl import GRPOConfig, GRPOTrainer
 
     from posttrain_workloads import _compat
-    from posttrain_workloads.rollout_check import METRIC, RolloutCheck, StaleRolloutWeights, bound_for
+    from posttrain_workloads.rollout_check import StaleRolloutWeights, bound_for
+    from posttrain_workloads.rollout_differences import WORST, compare_rollouts
 
     class Drop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -90,11 +91,11 @@ def train(
         _compat.use_rollout_client()
     else:
         _compat.use_colocated_engine(dtype="float32", eager=True)
-    trainer = GRPOTrainer(
+    trainer = compare_rollouts(GRPOTrainer, bound=bound_for("float32"))(
         model=model,
         reward_funcs=lambda completion_ids, **_: [float(sum(token % 2 for token in ids)) for ids in completion_ids],
         train_dataset=Dataset.from_dict({"prompt": [f"{a} plus {a + 1} is" for a in range(32)]}),
-        callbacks=[RolloutCheck(bound_for("float32")), Drop()],
+        callbacks=[Drop()],
         args=GRPOConfig(
             output_dir=folder,
             max_steps=3,
@@ -122,7 +123,7 @@ def train(
     except StaleRolloutWeights as error:
         stopped = str(error)
     rollout = trainer.vllm_generation
-    differences = [line[METRIC] for line in trainer.state.log_history if METRIC in line]
+    differences = [line[WORST] for line in trainer.state.log_history if WORST in line]
     answer = {"stopped": stopped, "differences": differences}
     if stopped is None:
         wanted = greedy(trainer.model)
@@ -133,6 +134,35 @@ def train(
     if mode == "server":
         rollout.vllm_client.close_communicator()
     return answer
+
+
+def pack(*, model: str) -> dict[str, list[bool]]:
+    """Pack a model with an adapter as vLLM does for NCCL; tell which tensors then are those of the merged model.
+
+    The trainer is as much of TRL's as walks over the parameters. Without our copies it tells why there are any.
+    """
+    import torch
+    from accelerate import Accelerator
+    from peft import LoraConfig, get_peft_model
+    from trl.generation.vllm_generation import DistributedBackend, VLLMGeneration
+    from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
+
+    from posttrain_workloads._compat import copy_as_they_are
+
+    torch.manual_seed(0)
+    trained = get_peft_model(load(model), LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    walker = VLLMGeneration.__new__(VLLMGeneration)
+    walker.model, walker._dist = trained, DistributedBackend(Accelerator(cpu=True))
+    wanted = [weight.clone() for _, weight in walker._iter_named_params()]
+    found = {}
+    for how, walk in (("copied", copy_as_they_are), ("plain", iter)):
+        chunk = pack_tensors(walk(walker._iter_named_params()), lambda item: item[1], 2**30)
+        parts = chunk.packed_tensor.split(chunk.tensor_sizes)
+        found[how] = [
+            torch.allclose(part.view(torch.float32), weight.view(-1), atol=1e-5)
+            for part, weight in zip(parts, wanted, strict=True)
+        ]
+    return found
 
 
 def rejoin(*, model: str, servers: list[str], port: int, pid: int) -> dict[str, Any]:
@@ -215,6 +245,7 @@ def change(model: Any, *, seed: int) -> None:
 
 
 RUN = {
+    "pack": pack,
     "options": options,
     "packed": hand_over,
     "rejoin": rejoin,

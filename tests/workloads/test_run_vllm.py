@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -14,11 +16,14 @@ import pytest
 
 from tests.workloads._command import POSTTRAIN, Command
 from tests.workloads._configs import GRPO_ARGS
+from tests.workloads._rollout import add_dropping_plugin
 
 pytestmark = [pytest.mark.workloads, pytest.mark.rollouts, pytest.mark.timeout(1200)]
 
 OWN_CODE = Path(__file__).with_name("own_code")
+TURNS = Path(__file__).parents[2] / "examples" / "quickstart" / "own" / "turns.py"
 WAIT_SECONDS = 900.0
+CALL = r'<tool_call>\n\{"name": "guess", "arguments": \{"number": [78]\}\}\n</tool_call>'
 SERVERS = {"replicas": 2, "gpusPerNode": 0, "cpu": "1", "maxModelLength": 256}
 
 
@@ -125,6 +130,94 @@ def test_two_ranks_with_two_servers_finish_though_one_is_killed_between_hand_ove
     versions = {seen["step"]: set(seen["weights"]) for seen in first}
     assert [samples(command, step) for step in range(1, 5)] == [versions[step] for step in range(4)]
     assert len(set().union(*versions.values())) == 4
+
+
+def test_a_run_ends_when_one_of_two_servers_dropped_an_update_also_with_a_rollout_function(
+    command: Command, tmp_path: Path, quickstart_inputs: Path
+) -> None:
+    halts, code = tmp_path / "halts", tmp_path / "code"
+    halts.mkdir()
+    (halts / "between-over").touch()  # it goes on at once, and its own file is there from the end of step 2
+    shutil.copytree(OWN_CODE, code, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(TURNS, code)
+    add_dropping_plugin(code)
+    args = {key: value for key, value in command.spec["grpo"]["args"].items() if key != "vllm_max_model_length"}
+    command.spec |= {
+        "datasets": [{"source": f"file://{quickstart_inputs / 'problems.jsonl'}"}],
+        "code": {"path": str(code)},
+        "grpo": {
+            "rollout": {"mode": "Server", "server": SERVERS},
+            "rolloutFunction": "turns:answer_twice",
+            "rewards": [{"function": "own_rewards:varied"}],
+            "args": {**args, "max_steps": 4},
+        },
+        "callbacks": [{"function": "faults:Halt", "params": {"folder": str(halts), "between": 2, "inside": -1}}],
+        "prepare": {"enabled": False},
+        "podOverrides": {
+            "env": [
+                {"name": "VLLM_CPU_KVCACHE_SPACE", "value": "1"},
+                {"name": "VLLM_PLUGINS", "value": "dropping,posttrain_plain_weights"},
+                {"name": "DROP_POD", "value": "tiny-server-1"},
+                {"name": "DROP_WHILE", "value": str(halts / "between")},
+            ]
+        },
+    }
+    code_, output = command.start("--plain").wait()
+
+    status = command.status().status
+    assert code_ != 0 and status.stage == "Failed", output + command.logs()
+    assert status.failure is not None and status.failure.message is not None
+    assert (status.failure.reason, status.failure.exit_code) == ("StaleRolloutWeights", 1), output + command.logs()
+    told = re.match(
+        r"attempt 1: at step 3 the log-probabilities of the completions differ from the trainer's in those of "
+        r"(http://\S+) \(by ",
+        status.failure.message,
+    )
+    assert told is not None, status.failure.message
+    assert f"Starting vLLM server on {told[1]}\n" in command.run_folder.log_file("tiny-server-1").read_text()
+    assert ", and not in those of the other rollout servers (1); rounding explains 0.0001: " in status.failure.message
+    assert "At a later one weights were lost on the way" in output
+    logged = [fact.body.metrics for fact in command.facts() if fact.body.type == "Logged"]
+    steps = [{name: float(value) for name, value in metrics.items()} for metrics in logged if "loss" in metrics]
+    assert len(steps) == 2
+    for metrics in steps:
+        assert metrics["sampling/sampling_logp_difference/worst"] < 1e-4
+        assert metrics["completions/max_length"] == 2 * GRPO_ARGS["max_completion_length"]  # of two turns
+
+
+def test_the_tools_of_an_environment_are_called_by_completions_from_a_server(
+    command: Command, vllm_python: Path
+) -> None:
+    """A grammar makes the tiny model call the tool."""
+    [templates] = vllm_python.parents[1].glob("lib/*/site-packages/trl/chat_templates")
+    args = {key: value for key, value in command.spec["grpo"]["args"].items() if key != "vllm_max_model_length"}
+    command.spec["model"]["chatTemplate"] = (templates / "qwen2_5.jinja").read_text()
+    command.spec["resources"]["processesPerNode"] = 1
+    command.spec["grpo"] = {
+        "rollout": {"mode": "Server", "server": {"cpu": "1", "maxModelLength": 512}},
+        "rolloutFunction": "guessing:Guess",
+        "trainerClass": "hand_overs:ComparingTrainer",
+        "rewards": [{"function": "guessing:told"}],
+        "args": {
+            **args,
+            "max_steps": 2,
+            "max_completion_length": 200,
+            "max_tool_calling_iterations": 1,
+            "vllm_structured_outputs_regex": CALL,
+        },
+    }
+    code, output = command.start().wait()
+
+    assert code == 0, output + command.logs()
+    logged = [fact.body.metrics for fact in command.facts() if fact.body.type == "Logged"]
+    steps = [{name: float(value) for name, value in metrics.items()} for metrics in logged if "loss" in metrics]
+    assert [(metrics["tools/call_frequency"], metrics["tools/failure_frequency"]) for metrics in steps] == [(1, 0)] * 2
+    log = command.run_folder.log_file("tiny-a1-master-0").read_text()
+    # Of what the grammar allows is not of all tokens: nothing is concluded from that.
+    assert min(metrics["sampling/sampling_logp_difference/mean"] for metrics in steps) > 0.1
+    assert "spec.grpo.args.vllm_structured_outputs_regex: vLLM gives log-probabilities of what is left" in log
+    assert [metrics["rewards/told/mean"] for metrics in steps] == [metrics["rewards/Guess/mean"] for metrics in steps]
+    assert [(seen["step"], seen["equal"]) for seen in rollouts(command, rank=0)] == [(0, [True]), (1, [True])]
 
 
 def kill(processes: list[int]) -> None:

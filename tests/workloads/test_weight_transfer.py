@@ -123,6 +123,7 @@ def found(
                 "hand_over": {**common, "port": free_port(), "times": 2},
                 "spread": {**common, "port": free_port()},
                 "refuse": {"servers": servers},
+                "pack": {"model": str(tiny_model)},
                 "train": {**training, "port": free_port()},
                 "train_dropped": {**training, "port": free_port(), "drop": str(drop)},
             },
@@ -134,7 +135,7 @@ def found(
             seconds=CASES_SECONDS,
         )
         if not cases.has_ended():
-            add_dropping_plugin(folder / "second")
+            add_dropping_plugin(folder / "second" / "packages")
             port = int(packed.url.rpartition(":")[2])
             serve("second", port=port, VLLM_PLUGINS=f"dropping,{_PLAIN}", DROP_WHILE=str(drop))
         yield {**cases.answers(), "servers": servers}
@@ -202,10 +203,21 @@ def test_grpo_trains_with_two_servers_whose_log_probabilities_are_its_own(found:
 
 def test_a_server_that_acknowledges_weights_and_drops_them_stops_the_training(found: dict[str, Any]) -> None:
     trained = found["train_dropped"]
+    _, second = found["servers"]
 
-    assert trained["stopped"].startswith("at step 2 the log-probabilities of the completions differ by ")
-    assert "rounding explains 0.0001" in trained["stopped"]
-    assert [difference < 1e-4 for difference in trained["differences"]] == [True, False]
+    assert trained["stopped"].startswith(
+        f"at step 2 the log-probabilities of the completions differ from the trainer's in those of {second} (by "
+    )
+    assert ", and not in those of the other rollout servers (1); rounding explains 0.0001" in trained["stopped"]
+    assert [difference < 1e-5 for difference in trained["differences"]] == [True]  # step 2 is not trained
+
+
+def test_what_nccl_sends_of_a_model_with_an_adapter_is_the_merged_model(found: dict[str, Any]) -> None:
+    packed = found["pack"]
+
+    assert all(packed["copied"])
+    # TRL and vLLM alone send the adapted layers without their adapters: two of each of the model's two layers.
+    assert packed["plain"].count(False) == 4
 
 
 def test_a_server_that_died_gets_no_prompts_and_joins_again_when_it_was_restarted(found: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -311,6 +311,18 @@ def use_colocated_engine(*, dtype: str, eager: bool) -> None:
     from vllm import LLM
 
     generation.LLM = partial(LLM, dtype=dtype, enforce_eager=eager)
+
+
+def copy_as_they_are(named_params: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield each tensor as it is at its turn, for who collects several of them before any is sent.
+
+    vLLM 0.31 collects up to 1 GiB of references (distributed/weight_transfer/packed_tensor.py, pack_tensors), and looks
+    at them when it has asked TRL for one more. After the last one TRL 1.16 takes LoRA's adapters out of the weights
+    again (generation/vllm_generation.py, _iter_named_params), in place: servers would get the model without adapters.
+    Costs 1 GiB of the GPU. Goes when either of the two copies.
+    """
+    for name, weight in named_params:
+        yield name, weight.detach().clone()
 
 
 def _file(folder: Path, rank: int) -> Path:

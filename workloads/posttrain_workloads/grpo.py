@@ -48,6 +48,7 @@ def train(rank: Rank) -> None:
     with args.main_process_first(desc="fetching and mixing the data"):
         mixture = load_mixture(config, shape=shape, environ=environ)
     model = load_model(config, environ=environ)
+    trainer_class = set_up_rollouts(trainer_class, config, args, model=model, tokenizer=tokenizer)
     watch = Watch()
     train_to_the_end(
         rank,
@@ -64,7 +65,6 @@ def train(rank: Rank) -> None:
                 reporter=rank.reporter,
                 resumed_from=found.path,
             ),
-            *set_up_rollouts(config, args, model=model, tokenizer=tokenizer),
         ],
         model=model,
         reward_funcs=[reward.for_trainer() for reward in rewards],

@@ -1,21 +1,16 @@
 """Whether the completions came from the weights that are trained.
 
-It owns the bound on the difference between the servers' and the trainer's log-probabilities; it must not measure it:
-TRL logs it with every step.
+It owns the bound on the difference between vLLM's log-probabilities and the trainer's, and to whom a completion is put
+down; it must not import torch: rollout_differences.py measures.
 """
-
-# ruff: noqa: ARG002 - the trainer hands every argument to every event, by position
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
+from posttrain.api.spelling import join_names
 from posttrain_workloads.runtime import RankFailure
 
-METRIC = "sampling/sampling_logp_difference/mean"
-"""Mean absolute difference of the log-probabilities of the sampled tokens."""
 _BOUND_FLOAT32 = 1e-4
 """Eight times the largest difference that rounding was seen to make, 1.2e-5; with a tiny model it makes 3e-6."""
 _BOUND_ELSE = 0.1
@@ -33,29 +28,45 @@ def bound_for(dtype: str) -> float:
     return _BOUND_FLOAT32 if dtype == "float32" else _BOUND_ELSE
 
 
-class RolloutCheck(TrainerCallback):  # type: ignore[misc]
-    """Ends the training when a logged difference is beyond the bound."""
+def check_differences(differences: Mapping[str, float], *, overall: float, bound: float, where: str, step: int) -> None:
+    """Judge the mean absolute differences of the log-probabilities of sampled tokens, of each source by itself.
 
-    def __init__(self, bound: float) -> None:
-        self._bound = bound
+    One of many servers that kept old weights moves the mean of all too little. `overall` is that mean, with the tokens
+    that belong to no source; `where` has the sources' kind, a plural.
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Look at the difference, where this log line has one.
+    Raises:
+        StaleRolloutWeights: one of them is beyond the bound, or no number.
+    """
+    beyond = {source: difference for source, difference in differences.items() if not difference <= bound}
+    if not beyond and overall <= bound:
+        return
+    rest = len(differences) - len(beyond)
+    who = join_names([f"{source} (by {difference:.3g})" for source, difference in beyond.items()])
+    if not beyond:
+        told = (
+            f"differ by {overall:.3g} between vLLM and the trainer, and nobody knows which of the {where} they are of"
+        )
+    elif rest:
+        told = f"differ from the trainer's in those of {who}, and not in those of the other {where} ({rest})"
+    else:
+        told = f"differ from the trainer's in those of all {where}: {who}"
+    raise StaleRolloutWeights(
+        f"at step {step} the log-probabilities of the completions {told}; rounding explains {bound:g}: vLLM has other "
+        "weights there than the trainer, or computes in another dtype"
+    )
 
-        Raises:
-            StaleRolloutWeights: it is beyond the bound, or no number.
-        """
-        difference = (logs or {}).get(METRIC)
-        if difference is not None and not difference <= self._bound:
-            raise StaleRolloutWeights(
-                f"at step {state.global_step} the log-probabilities of the completions differ by {difference:.3g} "
-                f"between vLLM and the trainer ({METRIC}); rounding explains {self._bound:g}: vLLM has other weights "
-                "than the trainer, or computes in another dtype"
-            )
+
+def attribute(
+    origins: Sequence[int], turns: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> list[tuple[int | None, int]]:
+    """Return the source of the first tokens of each completion, and how many those are.
+
+    `turns` are what the first call of a rollout returned, `origins` its sources. A rollout function or a tool may have
+    gone on from there, with whatever source; one that took another beginning has no source (None, 0).
+    """
+    if len(turns) != len(completions):
+        return [(None, 0)] * len(completions)
+    return [
+        (origin, len(turn)) if list(completion[: len(turn)]) == list(turn) else (None, 0)
+        for origin, turn, completion in zip(origins, turns, completions, strict=True)
+    ]

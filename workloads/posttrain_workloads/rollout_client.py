@@ -26,6 +26,7 @@ from trl.generation.vllm_client import VLLMClient
 from vllm.distributed.weight_transfer.nccl_common import trainer_init
 from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
+from posttrain_workloads._compat import copy_as_they_are
 from posttrain_workloads.rollout_engine import BROADCAST_SECONDS, JOIN_SECONDS, GlooGroup
 from posttrain_workloads.rollout_errors import RolloutError, ServerLost
 from posttrain_workloads.rollout_hand_over import abandon_hand_over, begin_hand_over, end_where_stuck
@@ -276,7 +277,10 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
         if self._backend == _NCCL:
             with end_where_stuck(replies):
                 packed_nccl_broadcast_producer(
-                    iterator=named_params, group=self.communicator, src=0, post_iter_func=lambda item: item[1]
+                    iterator=copy_as_they_are(named_params),
+                    group=self.communicator,
+                    src=0,
+                    post_iter_func=lambda item: item[1],
                 )
             return
         for _, weight in named_params:

@@ -6,6 +6,7 @@ vLLM where the trainer's own model generates.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +26,30 @@ _ON_CPUS = {
     "VLLM_CPU_KVCACHE_SPACE": "4",
 }
 
+_WHOLE_DISTRIBUTION = {
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "vllm_structured_outputs_regex": (None,),
+}
+"""What each argument is where vLLM samples of all tokens, by the probabilities that the trainer computes too."""
+_OF_THE_END = frozenset({"ignore_eos", "include_stop_str_in_output", "max_tokens", "seed", "stop", "stop_token_ids"})
+"""Keys of generation_kwargs that leave the probabilities alone."""
+_log = logging.getLogger(__name__)
 
-def set_up_rollouts(config: TrainingConfig, args: GRPOConfig, *, model: Any, tokenizer: Any) -> list[Any]:
-    """Let TRL's trainers generate as the spec says; return the callbacks that watch over it."""
+
+def set_up_rollouts(trainer_class: Any, config: TrainingConfig, args: GRPOConfig, *, model: Any, tokenizer: Any) -> Any:
+    """Let TRL's trainers generate as the spec says; return the trainer class, which then watches over it."""
     assert config.spec.grpo is not None
     if config.spec.grpo.rollout.mode == "Transformers":
-        return []
+        return trainer_class
     on_cpus = config.gang.gpus_per_node == 0
     for name, value in vllm_environment(config).items():
         os.environ.setdefault(name, value)
     from posttrain_workloads import _compat
-    from posttrain_workloads.rollout_check import RolloutCheck, bound_for
+    from posttrain_workloads.rollout_check import bound_for
+    from posttrain_workloads.rollout_differences import compare_rollouts
 
     if config.spec.model.eos_token is not None:
         given = args.generation_kwargs or {}
@@ -47,7 +61,20 @@ def set_up_rollouts(config: TrainingConfig, args: GRPOConfig, *, model: Any, tok
         _compat.use_rollout_client()
     else:
         _compat.use_colocated_engine(dtype=dtype, eager=on_cpus)
-    return [RolloutCheck(bound_for(dtype))]
+    if changing := find_changing_keys(args):
+        _log.warning(
+            "%s: vLLM gives log-probabilities of what is left to sample from, and the trainer of all tokens; so they "
+            "are not compared, and nothing notices a server that keeps old weights",
+            ", ".join(f"spec.grpo.args.{key}" for key in changing),
+        )
+        return trainer_class
+    return compare_rollouts(trainer_class, bound=bound_for(dtype))
+
+
+def find_changing_keys(args: GRPOConfig) -> list[str]:
+    """Return the arguments by which vLLM samples from other probabilities than the trainer computes."""
+    changing = [key for key, whole in _WHOLE_DISTRIBUTION.items() if getattr(args, key) not in whole]
+    return changing + [f"generation_kwargs.{key}" for key in args.generation_kwargs or {} if key not in _OF_THE_END]
 
 
 def vllm_environment(config: TrainingConfig) -> dict[str, str]:

@@ -43,11 +43,11 @@ def serve_options(config: TrainingConfig, *, folder: Path, environ: Mapping[str,
     """Return the options of `vllm serve` but for where it listens: the user's, and those that posttrain sets."""
     servers = config.spec.rollout_servers
     assert servers is not None
-    on_cpus = servers.gpus_per_node == 0
+    on_cpus = config.spec.server_gpus == 0
     backend = GLOO if on_cpus else "nccl"
     options = [
         *("--dtype", serve_dtype(config, folder=folder, environ=environ)),
-        *("--tensor-parallel-size", str(servers.engine_size)),
+        *("--tensor-parallel-size", str(config.spec.server_engine_size)),
         *("--weight-transfer-config", json.dumps({"backend": backend})),
         *("--logprobs-mode", "processed_logprobs"),
         *("--max-logprobs", "-1"),

@@ -162,16 +162,16 @@ class Rollout(ApiModel):
     server: RolloutServers | None = Field(
         default=None,
         description="The servers of mode Server. They start before the gang, live over its restarts, and end with the "
-        "run, its suspension and the loss of its quota, of which they have a part.",
+        "run, its suspension and the loss of its quota, of which they have a part. Default: one server.",
         examples=[{"replicas": 2, "gpusPerNode": 4}],
     )
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
             field="server",
-            message="server describes the servers of mode Server: write both or neither",
-            cel="(has(self.mode) && self.mode == 'Server') == has(self.server)",
-            holds=lambda rollout: (rollout["mode"] == "Server") == ("server" in rollout),
+            message="server describes the servers of mode Server: write mode Server, or leave server out",
+            cel="!has(self.server) || (has(self.mode) && self.mode == 'Server')",
+            holds=lambda rollout: "server" not in rollout or rollout["mode"] == "Server",
         ),
     )
 

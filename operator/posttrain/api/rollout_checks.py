@@ -42,7 +42,8 @@ def find_rollout_problems(spec: TrainingRunSpec) -> list[tuple[Path, str]]:
             f"write {_MODE}: Colocate, or leave the key out"
         )
         return [((*_ARGS, key), message) for key in grpo.args if key.startswith(_VLLM)]
-    where = _engine(spec, grpo) if grpo.rollout.server is None else _servers(spec, grpo, grpo.rollout.server)
+    servers = spec.rollout_servers
+    where = _engine(spec, grpo) if servers is None else _servers(spec, grpo, servers)
     return [*_unread(grpo), *_vespo(grpo), *_model(spec), *where]
 
 
@@ -99,13 +100,13 @@ def _servers(spec: TrainingRunSpec, grpo: Grpo, servers: RolloutServers) -> Iter
             yield (*_ARGS, key), f"is for an engine inside the trainer, and this run has servers: {_OF_ENGINE[key]}"
     for option, message in find_option_problems(servers):
         yield (*_SERVER, "args", option), message
-    if bool(servers.gpus_per_node) != bool(spec.resources.gpus_per_node):
+    if bool(spec.server_gpus) != bool(spec.resources.gpus_per_node):
         message = (
-            f"is {servers.gpus_per_node}, and spec.resources.gpusPerNode is {spec.resources.gpus_per_node}: weights "
+            f"is {spec.server_gpus}, and spec.resources.gpusPerNode is {spec.resources.gpus_per_node}: weights "
             "travel from GPU to GPU, or from CPU to CPU"
         )
         yield (*_SERVER, "gpusPerNode"), message
-    size, gpus = servers.engine_size, servers.gpus_per_node
+    size, gpus = spec.server_engine_size, spec.server_gpus
     if size > max(gpus, 1):
         yield (*_SERVER, "tensorParallelSize"), f"is {size}, and a server has {gpus} GPUs: write at most {max(gpus, 1)}"
 

@@ -76,11 +76,11 @@ class RolloutServers(ApiModel):
     replicas: int = Field(
         default=1, ge=1, le=64, description="Number of servers, one pod each. Default: 1.", examples=[2]
     )
-    gpus_per_node: int = Field(
-        default=1,
+    gpus_per_node: int | None = Field(
+        default=None,
         ge=0,
         le=64,
-        description="GPUs of each server; 0 where the gang has none either. Default: 1.",
+        description="GPUs of each server. Default: 1, or 0 where the gang has none.",
         examples=[4],
     )
     tensor_parallel_size: int | None = Field(
@@ -110,11 +110,6 @@ class RolloutServers(ApiModel):
         "value. Those that posttrain sets itself are refused. Default: none.",
         examples=[{"gpu-memory-utilization": 0.9, "enforce-eager": True}],
     )
-
-    @property
-    def engine_size(self) -> int:
-        """GPUs, or without any processes, that a server's model is split over."""
-        return self.tensor_parallel_size or max(self.gpus_per_node, 1)
 
 
 def find_option_problems(servers: RolloutServers) -> Iterator[tuple[str, str]]:

@@ -321,13 +321,29 @@ class TrainingRunSpec(ApiModel):
     @property
     def rollout_servers(self) -> RolloutServers | None:
         """The servers that generate its completions, where it has any."""
-        return self.grpo.rollout.server if self.grpo is not None else None
+        if self.grpo is None or self.grpo.rollout.mode != "Server":
+            return None
+        return self.grpo.rollout.server or RolloutServers()
+
+    @property
+    def server_gpus(self) -> int:
+        """GPUs of each of its servers; 0 without any."""
+        servers = self.rollout_servers
+        if servers is None:
+            return 0
+        return min(self.resources.gpus_per_node, 1) if servers.gpus_per_node is None else servers.gpus_per_node
+
+    @property
+    def server_engine_size(self) -> int:
+        """GPUs, or without any processes, that a server's model is split over."""
+        servers = self.rollout_servers
+        return (servers and servers.tensor_parallel_size) or max(self.server_gpus, 1)
 
     @property
     def gpus(self) -> int:
         """GPUs of the gang and of its servers."""
         servers = self.rollout_servers
-        beside = servers.replicas * servers.gpus_per_node if servers is not None else 0
+        beside = servers.replicas * self.server_gpus if servers is not None else 0
         return self.resources.num_nodes * self.resources.gpus_per_node + beside
 
     @property

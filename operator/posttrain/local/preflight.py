@@ -210,8 +210,8 @@ def read_code(folder: Path) -> dict[str, str]:
 
 def _gpus(spec: TrainingRunSpec, *, machine: Machine) -> Iterator[Problem]:
     resources, count = spec.resources, len(machine.gpus)
+    has = "no GPU" if count == 0 else f"{count} GPU{'' if count == 1 else 's'}"
     if resources.gpus_per_node > count:
-        has = "no GPU" if count == 0 else f"{count} GPU{'' if count == 1 else 's'}"
         fewer = f"--set spec.resources.gpusPerNode={count}, or " if count else ""
         message = (
             f"{resources.gpus_per_node} asked for, and this machine has {has}: add {fewer}"
@@ -224,6 +224,13 @@ def _gpus(spec: TrainingRunSpec, *, machine: Machine) -> Iterator[Problem]:
             "spec.resources.numNodes=1, or --set spec.resources.gpusPerNode=0 to try the nodes out on its CPUs"
         )
         yield Problem(path="spec.resources.numNodes", message=message)
+    elif spec.gpus > count:
+        message = (
+            f"the gang and its rollout servers have {spec.gpus} GPUs together, and this machine has {has}: lower "
+            "spec.resources.gpusPerNode, or spec.grpo.rollout.server.replicas or gpusPerNode, or add --set "
+            "'spec.grpo.rollout={mode: Colocate}'"
+        )
+        yield Problem(path="spec.grpo.rollout.server", message=message)
 
 
 def _image(spec: TrainingRunSpec) -> Iterator[Problem]:

@@ -80,7 +80,7 @@ def build_server_template(inputs: PodInputs) -> dict[str, Any]:
             "name": SERVER_CONTAINER,
             "image": inputs.image,
             "command": ["python", "-m", "posttrain_workloads.serve"],
-            "env": server_environment(inputs, cpu=cpu, ranks=servers.engine_size),
+            "env": server_environment(inputs, cpu=cpu, ranks=run.spec.server_engine_size),
             "ports": [{"name": "http", "containerPort": SERVER_PORT, "protocol": "TCP"}],
             "readinessProbe": {
                 "httpGet": {"path": "/health", "port": SERVER_PORT},
@@ -88,7 +88,7 @@ def build_server_template(inputs: PodInputs) -> dict[str, Any]:
                 "timeoutSeconds": 5,
                 "failureThreshold": 6,
             },
-            "resources": _resources(profile, cpu=cpu, memory=memory, gpus=servers.gpus_per_node, devices={}),
+            "resources": _resources(profile, cpu=cpu, memory=memory, gpus=run.spec.server_gpus, devices={}),
         },
         own_labels={**labels.run_labels(run.metadata.name), labels.ROLE: labels.ROLE_SERVER},
         shared_memory=profile.shared_memory or memory,

@@ -48,8 +48,7 @@ def _count(situation: Situation) -> UsageStatus | None:
     since = usage.accounted_until if usage else None
     spec = situation.run.spec
     seconds = _held_by(situation.trainer_pods, since=since, now=now) * spec.resources.gpus_per_node
-    if spec.rollout_servers is not None:
-        seconds += _held_by(situation.server_pods, since=since, now=now) * spec.rollout_servers.gpus_per_node
+    seconds += _held_by(situation.server_pods, since=since, now=now) * spec.server_gpus
     if not seconds:
         return usage
     usage = usage or UsageStatus()

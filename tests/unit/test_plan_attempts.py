@@ -325,7 +325,7 @@ def test_pods_that_were_deleted_within_one_second_are_all_named_with_what_the_jo
     assert cause is not None
     assert (cause.reason, cause.pod) == ("PodDeleted", None)
     assert cause.message == (
-        "attempt 1: pods demo-a1-master-0, demo-a1-worker-0 were deleted at once while the gang ran "
+        "attempt 1: pods demo-a1-master-0, demo-a1-worker-0 were deleted in the same second while the gang ran "
         "(the job says: 1 Worker replica(s) failed)"
     )
 

@@ -200,7 +200,8 @@ def _deleted(gang: Gang) -> Cause | None:
     message = f"attempt {gang.attempt}: pod {deleted[0]} was deleted while the gang ran"
     if len(deleted) > 1:
         said = f" (the job says: {gang.job.message})" if gang.job is not None and gang.job.message else ""
-        message = f"attempt {gang.attempt}: pods {', '.join(deleted)} were deleted at once while the gang ran{said}"
+        names = ", ".join(deleted)
+        message = f"attempt {gang.attempt}: pods {names} were deleted in the same second while the gang ran{said}"
     pod = deleted[0] if len(deleted) == 1 else None
     return Cause(reason="PodDeleted", message=message, budget="infrastructure", pod=pod)
 

@@ -90,10 +90,11 @@ def compare(name: str, make_batch: Callable[[random.Random], Batch], *, pairs: i
             equal = sum(ours == theirs for ours, theirs in zip(rewards, plain, strict=True))
             if equal < COUNT:
                 raise SystemExit(f"{name}: only {equal} of {COUNT} rewards are equal with {count} workers")
-    ratio = {
-        count: statistics.median(slow.wall / fast.wall for slow, fast in zip(times[0], times[count], strict=True))
-        for count in times
+    ratios = {
+        count: sorted(slow.wall / fast.wall for slow, fast in zip(times[0], taken, strict=True))
+        for count, taken in times.items()
     }
+    ratio = {count: statistics.median(each) for count, each in ratios.items()}
     wall, cpu = (
         {count: f"{statistics.median(getattr(one, kind) for one in taken):.1f} s" for count, taken in times.items()}
         for kind in ("wall", "cpu")
@@ -102,7 +103,7 @@ def compare(name: str, make_batch: Callable[[random.Random], Batch], *, pairs: i
         f"accuracy of {COUNT} completions ({name}) against open-r1's loop: {ratio[workers]:.1f}x with {workers} "
         f"workers (wanted: {wanted}x), {ratio[1]:.1f}x with 1; {wall[0]} against {wall[workers]} and {wall[1]}, "
         f"start-up included (processor time {cpu[0]} against {cpu[workers]} and {cpu[1]}); {COUNT} of {COUNT} equal, "
-        f"no process left; median of {pairs}"
+        f"no process left; median of {pairs} ({ratios[workers][0]:.1f}x to {ratios[workers][-1]:.1f}x)"
     )
 
 

@@ -15,6 +15,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -57,6 +58,9 @@ def main() -> None:
         plainly,
         numbers,
         differences,
+        numeric_differences,
+        deferred,
+        parser_tables,
     ):
         found[check.__name__] = check()
     out.write_text(json.dumps(found))
@@ -313,6 +317,104 @@ def differences() -> dict[str, Any]:
     return found
 
 
+def numeric_differences() -> dict[str, Any]:
+    """How many generated numbers are zero and not, and which of them simplifying finds to be the other."""
+    from sympy import simplify
+    from sympy.parsing.sympy_parser import parse_expr
+
+    from posttrain_workloads.rewards.grader import is_not_zero
+
+    draw = random.Random(60)
+    found: dict[str, Any] = {"zero": 0, "not": 0, "known": 0, "different": []}
+    for _ in range(400):
+        a, b, c = (draw.choice(NUMBERS) for _ in range(3))
+        left, right = draw.choice(IDENTITIES)
+        error = draw.choice(["", "", " + 1", " - 1/1000000", " + 10**(-30)", " - pi/3", " + I"])
+        text = f"({left}) - ({right}){error}".replace("A", f"({a})").replace("B", f"({b})").replace("C", f"({c})")
+        difference = parse_expr(text, evaluate=False)
+        known, plainly = is_not_zero(difference), is_zero(simplify, difference)
+        found["zero" if plainly else "not"] += 1
+        found["known"] += known
+        if known and plainly:
+            found["different"].append(text)
+    return found
+
+
+def deferred() -> dict[str, Any]:
+    """What a process that grades has imported of SymPy after it simplified and solved, and when more is asked for."""
+    return told_by(
+        """
+import sympy
+from posttrain_workloads.rewards import grader
+grader.make_quick()
+x = sympy.Symbol("x")
+sympy.solve(sympy.Eq(3 * x, 1 + x**2), {x})
+sympy.simplify(sympy.sin(x) ** 2 + sympy.cos(x) ** 2 + x)
+names = (grader._UNITS, grader._TENSORS)
+before = [type(sys.modules[name]).__name__ for name in names]
+from sympy.physics.units import meter
+from sympy.physics.units import Quantity
+from sympy.tensor.tensor import TensorHead
+from sympy.tensor.tensor import TensExpr
+found = {
+    "before": before,
+    "after": [type(sys.modules[name]).__name__ for name in names],
+    "units": [isinstance(meter, Quantity), sympy.simplify(x + meter).has(Quantity)],
+    "tensors": [isinstance(TensorHead("A", [])(), TensExpr)],
+}
+"""
+    )
+
+
+def parser_tables() -> dict[str, Any]:
+    """What becomes of the parser's tables from one process to the next."""
+    make = """
+from posttrain_workloads.rewards import grader, parser_tables
+from latex2sympy2_extended.antlr_parser import PSParser
+from pathlib import Path
+grader.make_quick()
+path = Path(FOLDER) / "tables"
+parser_tables.tables_path = lambda: path
+parsed = []
+def parse(formula):
+    parsed.append(bool(grader.parse_gold("accuracy", formula)))
+    return parsed[-1]
+"""
+    use = """
+parser_tables.use_tables(parse)
+states = [state for dfa in PSParser.decisionsToDFA for state in dfa._states]
+found = {
+    "parsed": parsed,
+    "states": len(states),
+    "wrong hashes": sum(state.configs.hashConfigs() != hash(state.configs) for state in states),
+    "files": sorted(each.name for each in path.parent.iterdir()) if path.parent.is_dir() else None,
+}
+for formula in parser_tables.FORMULAS:
+    grader.parse_gold("accuracy", f"${formula}$")
+found["more"] = sum(len(dfa._states) for dfa in PSParser.decisionsToDFA) - len(states)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        make = make.replace("FOLDER", repr(folder))
+        found = {name: told_by(make + use) for name in ("made", "used")}
+        Path(folder, "tables").write_bytes(b"no tables")
+        found["mended"] = told_by(make + use)
+        Path(folder, "tables").unlink()
+        Path(folder).rmdir()
+        Path(folder).touch()
+        found["not writable"] = told_by(make + use)
+        Path(folder).unlink()
+        Path(folder).mkdir()
+    return found
+
+
+def told_by(code: str) -> dict[str, Any]:
+    """What a new process finds that runs this."""
+    whole = f"import json, sys\n{code}\nprint(json.dumps(found))"
+    output = subprocess.run([sys.executable, "-c", whole], stdout=subprocess.PIPE, text=True, check=True).stdout
+    told: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return told
+
+
 def is_zero(simplify: Callable[[Any], Any], difference: Any) -> bool:
     """Tell what math-verify finds of a difference; an error of SymPy is a wrong answer to it."""
     try:
@@ -321,6 +423,7 @@ def is_zero(simplify: Callable[[Any], Any], difference: Any) -> bool:
         return False
 
 
+NUMBERS = ("2", "1/7", "sqrt(2)", "sqrt(51) + 7", "1/(sqrt(7) - 2)", "pi", "E", "I", "2**(1/3)", "0", "1 - 1", "3**20")
 TERMS = ("x", "y", "2*x", "x + 1", "3", "1/7", "x*y - 2", "x**2", "-y", "0", "sqrt(2)", "pi", "sin(x)", "0.5", "1 - 1")
 IDENTITIES = (
     ("A*(B + C)", "A*B + A*C"),

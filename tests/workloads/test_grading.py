@@ -156,3 +156,34 @@ def test_a_whole_number_is_read_as_latex2sympy_reads_it(found: dict[str, Any]) -
 def test_a_difference_that_is_not_simplified_is_none_that_simplifying_finds_to_be_zero(found: dict[str, Any]) -> None:
     assert found["differences"]["different"] == []
     assert min(found["differences"][kind] for kind in ("zero", "not", "known")) > 80
+
+
+def test_a_number_that_is_known_not_to_be_zero_is_none_that_simplifying_finds_to_be_zero(found: dict[str, Any]) -> None:
+    assert found["numeric_differences"]["different"] == []
+    assert min(found["numeric_differences"][kind] for kind in ("zero", "not", "known")) > 80
+
+
+def test_sympy_is_spared_an_import_only_until_more_is_asked_of_the_module(found: dict[str, Any]) -> None:
+    assert found["deferred"] == {
+        "before": ["Unimported", "Unimported"],
+        "after": ["module", "module"],
+        "units": [True, True],
+        "tensors": [True],
+    }
+
+
+def test_the_tables_of_the_parser_are_made_once_and_used_by_the_next_process(found: dict[str, Any]) -> None:
+    made, used = (found["parser_tables"][name] for name in ("made", "used"))
+    assert all(made["parsed"]) and len(made["parsed"]) > 50
+    assert made["files"] == ["tables"]
+    assert used == made | {"parsed": []}
+    assert made["states"] > 300 and made["wrong hashes"] == made["more"] == 0
+
+
+def test_tables_that_cannot_be_read_are_made_anew(found: dict[str, Any]) -> None:
+    assert found["parser_tables"]["mended"] == found["parser_tables"]["made"]
+
+
+def test_without_a_place_for_the_tables_the_parser_fills_them_as_it_goes(found: dict[str, Any]) -> None:
+    told = found["parser_tables"]["not writable"]
+    assert told["files"] is None and told["parsed"] == [] and told["more"] > 300

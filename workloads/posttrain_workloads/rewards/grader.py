@@ -5,6 +5,7 @@ its warm-up, and the limits on its time and memory. It must not import anything 
 file, and its workers must be cheap to lose.
 
     python -P grader.py
+    python -P grader.py make-tables    # in the build of an image: what the first server of an installation does, too
 
 Standard input is a Unix socket. Each message on it carries the worker's end of a channel, and forks a worker, which has
 math-verify imported already. On its channel a worker reads requests of one JSON line, `{"config", "gold", "answers",
@@ -25,6 +26,7 @@ import array
 import ctypes
 import gc
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -33,8 +35,10 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 if __name__ == "__main__":
@@ -44,16 +48,24 @@ import math_verify.grader
 from antlr4.atn.PredictionMode import PredictionMode
 from latex2sympy2_extended import NormalizationConfig, latex2sympy2
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Add, Expr, Integer, Mul, Pow, Rational, Symbol, simplify
+from sympy import Add, Expr, I, Integer, Mul, NumberSymbol, Pow, Rational, Symbol, preorder_traversal, simplify
 
 PARENT_CHECK_MILLISECONDS = 500
 HARD_LIMIT_EXTRA_SECONDS = 0.1
 MEMORY_LIMIT_BYTES = 4 * 2**30
 """Of address space; what needs more is a MemoryError in the worker and a wrong answer."""
 
+Compared = dict[tuple[str, ...], tuple[list[Any], bool]]
+"""Answers that were compared with one solution, parsed, and whether they equal it, by the texts that were parsed."""
+
 _PR_SET_PDEATHSIG = 1
 _PRIME = 2**61 - 1
 """Large, so that a function that is not 0 has hardly ever the residue 0; where it has, SymPy is asked."""
+_ALLOCATIONS = 100_000
+"""Until Python looks for garbage: it finds hardly any among SymPy's objects."""
+_DIGITS = 15
+_UNITS = "sympy.physics.units"
+_TENSORS = "sympy.tensor.tensor"
 _Result = TypeVar("_Result")
 
 
@@ -93,10 +105,15 @@ def parse_gold(config: str, gold: str) -> list[Any]:
     return list(parse(gold, extraction_mode="first_match", parsing_timeout=None))
 
 
-def is_correct(config: str, gold: list[Any], answer: str) -> bool:
-    """Tell whether a completion's answer equals the parsed solution."""
+def is_correct(config: str, gold: list[Any], answer: str, compared: Compared) -> bool:
+    """Tell whether a completion's answer equals the parsed solution; `compared` is what was found of others."""
     parsed = parse(answer, _ANSWERS[config], extraction_mode="first_match", parsing_timeout=None)
-    return bool(verify(gold, parsed, timeout_seconds=None))
+    text = tuple(part for part in parsed if isinstance(part, str))
+    former, correct = compared.get(text, (None, False))
+    if parsed != former:
+        correct = bool(verify(gold, parsed, timeout_seconds=None))
+        compared[text] = parsed, correct
+    return correct
 
 
 # --- The same grades in less time -------------------------------------------------------------------------------------
@@ -136,11 +153,27 @@ def simplify_unless_known(difference: Any) -> Any:
     if isinstance(difference, Expr):
         if difference.is_number:
             # Before it is evaluated SymPy takes (0 + sqrt(2))**2 - 2 not to be zero, or contradicts itself.
-            if difference.doit().is_zero is False:
-                return difference
+            if is_not_zero(difference) or difference.doit().is_zero is False:
+                return Integer(1)
         elif residue(difference):
             return Integer(1)
     return simplify(difference)
+
+
+def is_not_zero(number: Any) -> bool:
+    """Tell whether a number of roots, powers, pi and e is known not to be zero from its first digits.
+
+    SymPy evaluates such a number with as many digits as it takes to be sure of those that it returns, and marks a part
+    that it is not sure of by a precision of one bit. To ask it for `is_zero` may take the minimal polynomial of a part.
+    """
+    exact = (Add, Mul, Pow, Rational, NumberSymbol, type(I))
+    if not all(isinstance(part, exact) for part in preorder_traversal(number)):
+        return False
+    try:
+        parts = number.evalf(_DIGITS).as_real_imag()
+    except Exception:  # of no narrower class; simplifying it may still succeed
+        return False
+    return any(part.is_Float and part != 0 and part._prec > 1 for part in parts)
 
 
 def residue(expression: Any) -> int | None:
@@ -169,10 +202,31 @@ def residue(expression: Any) -> int | None:
     return None
 
 
+class Unimported(types.ModuleType):
+    """A module of SymPy that is imported when it is asked for anything but certain classes.
+
+    SymPy imports it when it first adds or simplifies, only to ask of each part whether it is of one of these classes.
+    Before the module is imported there can be no such part, so that other classes without any object do as well, and
+    the 0.1 to 0.2 s that the import takes are spared to every worker.
+    """
+
+    def __init__(self, name: str, classes: Iterable[str]) -> None:
+        super().__init__(name)
+        self.__dict__.update({each: type(each, (), {}) for each in classes})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the import statement asks for __path__
+            raise AttributeError(name)
+        del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
 def make_quick() -> None:
-    """Let math-verify use the functions above in this process."""
+    """Let math-verify use what is above in this process."""
     latex2sympy2._Latex2Sympy = QuickConverter
     math_verify.grader.simplify = simplify_unless_known
+    for name, classes in ((_UNITS, ("Quantity", "Unit")), (_TENSORS, ("TensAdd", "TensExpr"))):
+        sys.modules.setdefault(name, Unimported(name, classes))
 
 
 # --- A worker ---------------------------------------------------------------------------------------------------------
@@ -184,17 +238,18 @@ def work(channel: socket.socket) -> None:
         request = json.loads(line)
         config, seconds = request["config"], request["seconds"]
         gold: list[Any] = []
+        compared: Compared = {}
         with suppress(OutOfTime):
             gold = within(seconds, parse_gold, config, request["gold"])
         _tell(channel, {"parsed": bool(gold)})
         for answer in request["answers"] if gold else ():
-            _tell(channel, grade(config, gold, answer, seconds=seconds))
+            _tell(channel, grade(config, gold, answer, compared, seconds=seconds))
 
 
-def grade(config: str, gold: list[Any], answer: str, *, seconds: float) -> dict[str, Any]:
+def grade(config: str, gold: list[Any], answer: str, compared: Compared, *, seconds: float) -> dict[str, Any]:
     """Return the grade of one answer; one that takes too long is wrong, as with math-verify's own time limit."""
     try:
-        return {"correct": within(seconds, is_correct, config, gold, answer)}
+        return {"correct": within(seconds, is_correct, config, gold, answer, compared)}
     except OutOfTime:
         return {"correct": False}
     except Exception as error:  # math-verify catches its own; what comes through costs no other answer its grade
@@ -316,11 +371,23 @@ class Server:
 
 def warm_up() -> None:
     """Do once what every worker would do anew: compile the expressions, and fill the parser's tables."""
+    _load_beside("parser_tables").use_tables(lambda formula: parse_gold("accuracy", formula))
     for config in _ANSWERS:
         gold = parse_gold(config, _SAMPLE)
-        is_correct(config, gold, rf"\boxed{{{_SAMPLE.strip('$')}}}")
+        is_correct(config, gold, rf"\boxed{{{_SAMPLE.strip('$')}}}", {})
     gc.freeze()
+    gc.set_threshold(_ALLOCATIONS)
     gc.enable()
+
+
+def _load_beside(name: str) -> Any:
+    """Import a file of this folder, which is not on the path: some of its names are those of libraries."""
+    full_name = f"posttrain_workloads.rewards.{name}"
+    spec = importlib.util.spec_from_file_location(full_name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[full_name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 _SAMPLE = r"$\frac{1}{2} + \sqrt{3}x^2$"
@@ -332,6 +399,8 @@ def main() -> None:
     logging.disable()  # math-verify warns of each answer that it cannot read, and of each option that open-r1 sets
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the process that started this one
     warm_up()
+    if sys.argv[1:] == ["make-tables"]:
+        return
     server = Server(socket.socket(fileno=0))
     try:
         server.serve()

@@ -411,3 +411,26 @@ def test_a_real_solution_is_compiled_with_its_grader(sandbox: RunningSandbox) ->
 
     right, wrong = block("int twice(int n) { return 2 * n; }", "cpp"), block("int twice(int n) { return 2; }", "cpp")
     assert call(ioi_code, [right, wrong], sandbox=real, test_batch_size=-1, **row) == [1.0, 0.0]
+
+
+IOI_CHECKER = r"""
+#include <fstream>
+#include <iostream>
+int main(int, char **names) {
+    std::ifstream input(names[1]), correct(names[2]), written(names[3]);
+    double number, expected, found;
+    input >> number, correct >> expected, written >> found;
+    std::cout << (found == expected ? 1.0 : found == number ? 0.255 : 0.0) << std::endl;
+    std::cerr << "checked" << std::endl;
+}
+"""
+
+
+def test_a_real_checker_gives_a_part_of_the_score(sandbox: RunningSandbox) -> None:
+    real = PistonSandbox([sandbox.url], per_endpoint=4)
+    files = [["graders/grader.cpp", GRADER], ["graders/plants.h", "int twice(int);"], ["checker.cpp", IOI_CHECKER]]
+    case = {"name": "0-01", "input": "3", "output": "6\nend"}
+    row = {**IOI, "grader_files": files, "test_names": ["0-01"], "test_cases": [case]}
+
+    blocks = [block(f"int twice(int n) {{ return {value}; }}", "cpp") for value in ("2 * n", "n", "1")]
+    assert call(ioi_code, blocks, sandbox=real, **row) == [1.0, 0.26, 0.0]

@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from posttrain_workloads.sandbox.languages import find_runtimes, select_runtime
 from tests.sandbox.conftest import require_landlock
-from tests.support.processes import await_gone, wait_for
+from tests.support.processes import await_gone, python, wait_for
 from tests.support.sandbox import RunningSandbox, await_idle, running_sandbox, start_sandbox
 
 ECHO = {
@@ -181,6 +183,31 @@ def test_a_sandbox_without_its_fork_server_ends(tmp_path: Path) -> None:
     os.kill(int(fork_server), signal.SIGKILL)
 
     assert process.wait(timeout=20) == 1
+
+
+def test_no_sandbox_outlives_a_killed_test(tmp_path: Path) -> None:
+    test = subprocess.Popen(
+        python(
+            f"""
+from pathlib import Path
+from tests.support.sandbox import start_sandbox
+sandbox = start_sandbox((), work=Path({str(tmp_path)!r}))
+print(sandbox.pid, sandbox.stdout.readline(), flush=True)
+input()
+"""
+        ),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with test:
+        assert test.stdout is not None
+        pid, _, line = test.stdout.readline().partition(" ")
+        assert line.startswith("listening on ")
+        test.kill()
+    await_gone([int(pid)])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sandbox_that_is_killed_takes_its_programs_with_it(tmp_path: Path) -> None:

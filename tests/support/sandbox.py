@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ UNPRIVILEGED = 10001
 """The user of the image."""
 SECONDS = 120
 _MODULE = "posttrain_workloads.sandbox"
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -103,7 +105,14 @@ def start_sandbox(
     unprivileged: bool = False,
     command: Sequence[str] = ("-m", _MODULE),
 ) -> subprocess.Popen[str]:
-    """Start the process of a sandbox; its temporary files go into `work`."""
+    """Start the process of a sandbox, which is told to end when this one has; its temporary files go into `work`."""
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
+
+    def end_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
     python = unprivileged_python() if unprivileged else sys.executable
     assert python is not None
     user: dict[str, Any] = {"user": UNPRIVILEGED, "group": UNPRIVILEGED, "extra_groups": []} if unprivileged else {}
@@ -120,6 +129,7 @@ def start_sandbox(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - it only calls the kernel
         **user,
     )
 

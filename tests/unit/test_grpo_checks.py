@@ -246,6 +246,13 @@ def test_a_server_has_one_gpu_or_as_the_gang_none_where_nothing_else_is_said(
     assert (spec.server_gpus, spec.gpus, spec.server_engine_size) == (of_server, of_run, max(of_server, 1))
 
 
+def test_a_server_without_gpus_is_split_over_as_many_processes_as_asked_for() -> None:
+    rollout = {"mode": "Server", "server": {"tensorParallelSize": 2}}
+    spec = parse_training_run(build_resource(grpo={"rollout": rollout}, resources={"gpusPerNode": 0})).spec
+
+    assert (spec.server_gpus, spec.server_engine_size) == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("rollout", "image"), [({}, "trainer"), ({"mode": "Transformers"}, "trainer"), (COLOCATE, "vllm")]
 )

@@ -9,9 +9,11 @@ because importing TRL and vLLM is slow.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from own_code.greedy import GREEDY, PROMPTS, TOKENS, colocated, equal, greedy
@@ -23,8 +25,9 @@ def main() -> None:
     for verb, case in json.loads(cases.read_text()).items():
         started = time.monotonic()
         answers[verb] = RUN[verb](**case)
-        print(f"{verb}: {time.monotonic() - started:.1f} s", flush=True)
-        out.write_text(json.dumps(answers))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{verb}: {time.monotonic() - started:.1f} s", flush=True)
+            out.write_text(json.dumps(answers))
 
 
 def hand_over(*, model: str, servers: list[str], port: int, times: int) -> list[dict[str, Any]]:
@@ -44,6 +47,45 @@ def hand_over(*, model: str, servers: list[str], port: int, times: int) -> list[
         rounds.append({"before": before, "after": equal(client, wanted), "version": client.version})
     client.close_communicator()
     return rounds
+
+
+def shards(*, model: str, server: str, port: int) -> dict[str, Any]:
+    """Hand a model over of which two ranks have a half each, by FSDP2; torchrun starts them.
+
+    By as much of TRL's trainer as walks over the parameters: accelerate makes no FSDP on CPUs.
+    """
+    import torch
+    import torch.distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from posttrain_workloads.rollout_client import RolloutClient
+
+    torch.distributed.init_process_group("gloo")
+    is_first = torch.distributed.get_rank() == 0
+    trained = load(model)
+    change(trained, seed=11)
+    wanted = greedy(trained)
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*trained.model.layers, trained):
+        fully_shard(part, mesh=mesh)
+    walker = VLLMGeneration.__new__(VLLMGeneration)
+    walker.model, walker.mode, walker._weight_metadata = trained, "server", None
+    walker._dist = SimpleNamespace(is_fsdp=True, fsdp_version=2)
+    walker.accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=is_first)
+    answer: dict[str, Any] = {"halves": all(2 * p.to_local().numel() == p.numel() for p in trained.parameters())}
+    if is_first:
+        walker.vllm_client = RolloutClient(server, group_port=port, connection_timeout=5)
+        walker.vllm_client.init_communicator("cpu")
+        answer["before"] = equal(walker.vllm_client, wanted)
+    walker.sync_weights()
+    if is_first:
+        answer["after"] = equal(walker.vllm_client, wanted)
+        walker.vllm_client.close_communicator()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return answer
 
 
 def spread(*, model: str, servers: list[str], port: int) -> dict[str, Any]:
@@ -167,7 +209,6 @@ def pack(*, model: str) -> dict[str, list[bool]]:
 
 def rejoin(*, model: str, servers: list[str], port: int, pid: int) -> dict[str, Any]:
     """Kill the last server after a hand-over, ask for completions, and hand over anew: somebody starts it again."""
-    import os
     import signal
 
     from posttrain_workloads.rollout_client import RolloutClient
@@ -251,6 +292,7 @@ RUN = {
     "rejoin": rejoin,
     "hand_over": hand_over,
     "spread": spread,
+    "shards": shards,
     "refuse": refuse,
     "train": train,
     "train_dropped": train,

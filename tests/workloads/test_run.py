@@ -185,9 +185,9 @@ def test_a_file_with_problems_writes_nothing(command: Command) -> None:
     assert not (command.folder / ".posttrain").exists()
 
 
-def test_programs_out_of_completions_are_scored_in_a_sandbox_that_goes_with_the_run(
-    command: Command, tmp_path: Path
-) -> None:
+@pytest.fixture
+def programs(command: Command, tmp_path: Path) -> Command:
+    """A run of two steps whose completions are programs, half of which pass half of the tests."""
     tests = [{"input": str(number), "output": str(2 * number)} for number in (2, 21)]
     row = {"problem": "Double it.", "verification_info": {"language": "python", "test_cases": tests}}
     (tmp_path / "problems.jsonl").write_text(8 * (json.dumps(row) + "\n"))
@@ -201,13 +201,61 @@ def test_programs_out_of_completions_are_scored_in_a_sandbox_that_goes_with_the_
         "resources": {"gpusPerNode": 0, "processesPerNode": 1},
         "prepare": {"enabled": False},
     }
+    return command
 
-    code, output = command.start().wait()
 
-    assert code == 0, output + command.logs()
+def test_programs_out_of_completions_are_scored_in_a_sandbox_that_goes_with_the_run(programs: Command) -> None:
+    code, output = programs.start().wait()
+
+    assert code == 0, output + programs.logs()
+    assert scores(programs) == [(0.5, 0.0), (0.5, 0.0)]
+    assert "listening on http://127.0.0.1:" in programs.run_folder.log_file("tiny-sandbox-0").read_text()
+    assert programs.processes() == []
+
+
+def test_a_run_goes_on_when_its_sandbox_is_killed_between_two_steps(programs: Command, tmp_path: Path) -> None:
+    halts = tmp_path / "halts"
+    halts.mkdir()
+    programs.spec["grpo"]["args"]["max_steps"] = 3
+    programs.spec["callbacks"] = [
+        {"function": "faults:Halt", "params": {"folder": str(halts), "between": 1, "inside": -1}}
+    ]
+    programs.start()
+    programs.wait_for((halts / "between").exists, what="the end of step 1")
+    os.kill(main_process(programs, pod="tiny-sandbox-0"), signal.SIGKILL)
+    messages = set()
+    programs.wait_for(
+        lambda: messages.add(told(programs)) or any("sandbox" in message for message in messages),
+        what="a word on the sandbox in the status",
+    )
+    (halts / "between-over").touch()
+    code, output = programs.wait()
+
+    assert code == 0, output + programs.logs()
+    status = programs.status().status
+    assert (status.stage, status.attempt) == ("Succeeded", 1)
+    # The programs of the step after it waited for the next sandbox.
+    assert scores(programs) == [(0.5, 0.0)] * 3
+    assert programs.run_folder.log_file("tiny-sandbox-0").read_text().count("listening on") == 2
+    assert "SandboxFailed: pod tiny-sandbox-0 ends with exit code 137" in output
+    assert programs.processes() == []
+
+
+def main_process(command: Command, *, pod: str) -> int:
+    """Return the id of the process that a pod's container is."""
+    manifest = json.loads(command.run_folder.object_file("Pod", pod).read_text())
+    _, (main, _) = json.loads(manifest["metadata"]["annotations"]["posttrain.dev/process"])
+    return int(main)
+
+
+def scores(command: Command) -> list[tuple[float, float]]:
+    """Return of each step the mean of the reward `code`, and how many completions it did not score."""
     logged = [fact.body.metrics for fact in command.facts() if fact.body.type == "Logged"]
     steps = [metrics for metrics in logged if "loss" in metrics]
-    assert [float(metrics["rewards/code/mean"]) for metrics in steps] == [0.5, 0.5]
-    assert [float(metrics["rewards/code/unscored"]) for metrics in steps] == [0, 0]
-    assert "listening on http://127.0.0.1:" in command.run_folder.log_file("tiny-sandbox-0").read_text()
-    assert command.processes() == []
+    return [(float(step["rewards/code/mean"]), float(step["rewards/code/unscored"])) for step in steps]
+
+
+def told(command: Command) -> str:
+    """Return what the status says of the run at this moment."""
+    conditions = command.status().status.conditions or []
+    return next(condition.message for condition in conditions if condition.type == "Succeeded")

@@ -135,6 +135,7 @@ def test_two_ranks_with_two_servers_finish_though_one_is_killed_between_hand_ove
 def test_a_run_ends_when_one_of_two_servers_dropped_an_update_also_with_a_rollout_function(
     command: Command, tmp_path: Path, quickstart_inputs: Path
 ) -> None:
+    """Two ranks that have half of each weight hand all of it over before that."""
     halts, code = tmp_path / "halts", tmp_path / "code"
     halts.mkdir()
     (halts / "between-over").touch()  # it goes on at once, and its own file is there from the end of step 2
@@ -152,6 +153,7 @@ def test_a_run_ends_when_one_of_two_servers_dropped_an_update_also_with_a_rollou
             "args": {**args, "max_steps": 4},
         },
         "callbacks": [{"function": "faults:Halt", "params": {"folder": str(halts), "between": 2, "inside": -1}}],
+        "parallelism": {"strategy": "ZeRO3"},
         "prepare": {"enabled": False},
         "podOverrides": {
             "env": [

@@ -42,15 +42,16 @@ _PLAIN = "posttrain_plain_weights"
 
 
 class Process:
-    """A process of vLLM's environment that runs cases."""
+    """A process of vLLM's environment that runs cases, or several ranks of one."""
 
-    def __init__(self, python: Path, folder: Path, cases: dict[str, Any]) -> None:
+    def __init__(self, python: Path, folder: Path, cases: dict[str, Any], *, ranks: int = 1) -> None:
         folder.mkdir()
         self._out, self._log = folder / "out.json", folder / "cases.log"
         (folder / "cases.json").write_text(json.dumps(cases))
+        torchrun = ("-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [python, CASES, folder / "cases.json", self._out],
+                [python, *(torchrun if ranks > 1 else ()), CASES, folder / "cases.json", self._out],
                 env=environment(folder),
                 cwd=folder,
                 stdout=log,
@@ -138,7 +139,11 @@ def found(
             add_dropping_plugin(folder / "second" / "packages")
             port = int(packed.url.rpartition(":")[2])
             serve("second", port=port, VLLM_PLUGINS=f"dropping,{_PLAIN}", DROP_WHILE=str(drop))
-        yield {**cases.answers(), "servers": servers}
+        answers = cases.answers()
+        case = {"model": str(tiny_model), "server": first.url, "port": free_port()}
+        sharded = Process(vllm_python, folder / "shards", {"shards": case}, ranks=2)
+        ending.callback(sharded.kill)
+        yield {**answers, **sharded.answers(), "servers": servers}
 
 
 def test_options_of_the_servers_are_read_as_vllm_would_read_them(found: dict[str, Any]) -> None:
@@ -172,6 +177,10 @@ def test_every_server_answers_as_the_model_does_after_each_hand_over(found: dict
     versions = [r["version"].partition("-") for r in rounds]
     assert [number for _, _, number in versions] == ["1", "2"]
     assert len({trainer for trainer, _, _ in versions}) == 1
+
+
+def test_a_server_gets_whole_weights_of_ranks_that_have_halves_of_them(found: dict[str, Any]) -> None:
+    assert found["shards"] == {"halves": True, "before": [False], "after": [True]}
 
 
 def test_a_server_that_computes_with_packed_copies_does_not_and_nothing_is_raised(found: dict[str, Any]) -> None:

@@ -243,7 +243,7 @@ _CATALOGUE = (
         message="The sandbox ends instead of serving.",
         advice="Its last words are in the message: where a wall does not hold, its node's kernel, or the RuntimeClass "
         "or seccomp profile around it, is too old. Choose other nodes in the operator's settings (sandbox), or servers "
-        "of your own in spec.grpo.sandbox.",
+        "of your own in spec.grpo.sandbox. One that ends while the run trains is started again, and the run goes on.",
     ),
     Reason(
         name="SandboxUnreachable",

@@ -107,8 +107,8 @@ def _servers(spec: TrainingRunSpec, grpo: Grpo, servers: RolloutServers) -> Iter
         )
         yield (*_SERVER, "gpusPerNode"), message
     size, gpus = spec.server_engine_size, spec.server_gpus
-    if size > max(gpus, 1):
-        yield (*_SERVER, "tensorParallelSize"), f"is {size}, and a server has {gpus} GPUs: write at most {max(gpus, 1)}"
+    if gpus and size > gpus:
+        yield (*_SERVER, "tensorParallelSize"), f"is {size}, and a server has {gpus} GPUs: write at most {gpus}"
 
 
 def _value(grpo: Grpo, key: str) -> object:

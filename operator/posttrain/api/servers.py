@@ -87,7 +87,8 @@ class RolloutServers(ApiModel):
         default=None,
         ge=1,
         le=64,
-        description="GPUs that a server's model is split over. Default: all of the server's.",
+        description="GPUs that a server's model is split over, or processes where it has no GPU. Default: all of the "
+        "server's GPUs, or one process.",
         examples=[4],
     )
     max_model_length: int | None = Field(

@@ -26,7 +26,7 @@ _BRIEF_LENGTH = 240
 _QUOTA_EVENTS = frozenset(
     {"QuotaReserved", "Preempted", "QuotaLost", "QueueUnavailable", "WorkloadDeactivated", "KueueMissing"}
 )
-_GANG_EVENTS = frozenset({"AllPodsRunning", "NodeUnreachable"})
+_GANG_EVENTS = frozenset({"AllPodsRunning", "NodeUnreachable", "SandboxFailed"})
 _DIGEST = re.compile(r"(?:[a-z-]+://)?(?P<image>[^@\s]+@sha256:[0-9a-f]{64})")
 
 

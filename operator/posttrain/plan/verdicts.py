@@ -99,14 +99,19 @@ def explain_gang(situation: Situation) -> Says:
 
 def explain_unserved(situation: Situation) -> Says | None:
     """Return why nobody serves the gang that is to be made; None where it is there, and all that it needs serves."""
-    if situation.was_created:
-        return None
-    unready = None
-    if situation.run.spec.own_sandbox is not None:
-        unready = explain_unready(situation.name, situation.observed)
+    return None if situation.was_created else _explain_unready(situation)
+
+
+def _explain_unready(situation: Situation) -> Says | None:
+    unready = _explain_sandbox(situation)
     if unready is None and not situation.servers_ready:
         unready = explain_servers(situation)
     return unready
+
+
+def _explain_sandbox(situation: Situation) -> Says | None:
+    wanted = situation.run.spec.own_sandbox is not None
+    return explain_unready(situation.name, situation.observed) if wanted else None
 
 
 def go_on(
@@ -127,11 +132,14 @@ def go_on(
     told = pods_ready.message or (REASONS[pods_ready.reason].message if not gang.runs else "")
     if situation.status.attempt_running_time is not None:
         trains = progress is not None and progress.attempt_start is not None
-        stage, told = ("Training", told or "the gang trains") if trains else (stage, told or "the gang loads")
+        stage, told = ("Training", told or _say_training(situation)) if trains else (stage, told or "the gang loads")
     elif situation.awaits_quota:
         stage, told = "Queued", f"waiting for quota: {told}"
     elif failure is not None and failure.attempt == situation.attempt - 1:
         stage = "Restarting"
+    outage = _explain_sandbox(situation) if pods_ready.status == "True" else None
+    if outage is not None and outage.reason != "SandboxStarting":  # one that only misses a probe is no news
+        pods_ready = outage
     message = message or f"attempt {situation.attempt}: {told}"
     # Like the gang, what serves it holds nothing while there is no quota.
     services = () if situation.awaits_quota else service_children(situation)
@@ -156,6 +164,12 @@ def go_on(
             deadlines=tuple(time for time in times if time is not None),
         ),
     )
+
+
+def _say_training(situation: Situation) -> str:
+    """Return that the gang trains, and which of those that serve it is started again meanwhile."""
+    unready = _explain_unready(situation)
+    return "the gang trains" if unready is None else f"the gang trains; {unready.message}"
 
 
 def begin_attempt(situation: Situation, *, kept: bool = False, changes: dict[str, Any] | None = None) -> Verdict:

@@ -382,10 +382,9 @@ def warm_up() -> None:
 
 def _load_beside(name: str) -> Any:
     """Import a file of this folder, which is not on the path: some of its names are those of libraries."""
-    full_name = f"posttrain_workloads.rewards.{name}"
-    spec = importlib.util.spec_from_file_location(full_name, Path(__file__).with_name(f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
-    module = sys.modules[full_name] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import io
-import os
 import pickle
+import secrets
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -42,12 +42,27 @@ FORMULAS = (
 )
 """The forms that most answers of data sets of mathematics have. Each takes a part of a millisecond of every start."""
 
+
+def _make_config(*values: Any) -> ATNConfig:
+    config = ATNConfig.__new__(ATNConfig)
+    (
+        config.state,
+        config.alt,
+        config.context,
+        config.semanticContext,
+        config.reachesIntoOuterContext,
+        config.precedenceFilterSuppressed,
+    ) = values
+    return config
+
+
 _SINGLES: dict[str, object] = {
     "none": SemanticContext.NONE,
     "empty": PredictionContext.EMPTY,
     "error": ATNSimulator.ERROR,
+    "make": _make_config,
 }
-"""Objects that ANTLR compares by identity."""
+"""Objects that ANTLR compares by identity; and a function, by whose name pickle would import this package."""
 
 _NAMES = {id(single): name for name, single in _SINGLES.items()}
 
@@ -64,7 +79,7 @@ def use_tables(parse: Callable[[str], object]) -> None:
     with suppress(Exception):
         restore(path.read_bytes())
         return
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         try:
@@ -101,19 +116,6 @@ def restore(content: bytes) -> None:
 
 def _hash_of_none(_: object) -> int:
     return 0
-
-
-def _make_config(*values: Any) -> ATNConfig:
-    config = ATNConfig.__new__(ATNConfig)
-    (
-        config.state,
-        config.alt,
-        config.context,
-        config.semanticContext,
-        config.reachesIntoOuterContext,
-        config.precedenceFilterSuppressed,
-    ) = values
-    return config
 
 
 def _reduce_config(config: ATNConfig) -> tuple[Any, ...]:

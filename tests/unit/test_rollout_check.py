@@ -36,7 +36,7 @@ def check(*differences: float, overall: float | None = None) -> None:
 
 
 def test_what_rounding_explains_is_no_finding() -> None:
-    check(ROUNDING, 1.2e-5, 1e-4)
+    check(ROUNDING, 2.4e-5, 3e-4)
 
 
 def test_one_stale_server_of_64_is_named_though_the_mean_of_all_is_within_the_bound() -> None:
@@ -49,7 +49,7 @@ def test_one_stale_server_of_64_is_named_though_the_mean_of_all_is_within_the_bo
 
     assert str(raised.value) == (
         "at step 7 the log-probabilities of the completions differ from the trainer's in those of "
-        f"{SERVERS[41]} (by 0.005), and not in those of the other rollout servers (63); rounding explains 0.0001: "
+        f"{SERVERS[41]} (by 0.005), and not in those of the other rollout servers (63); rounding explains 0.0003: "
         "vLLM has other weights there than the trainer, or computes in another dtype"
     )
 

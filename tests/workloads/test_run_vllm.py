@@ -177,7 +177,7 @@ def test_a_run_ends_when_one_of_two_servers_dropped_an_update_also_with_a_rollou
     )
     assert told is not None, status.failure.message
     assert f"Starting vLLM server on {told[1]}\n" in command.run_folder.log_file("tiny-server-1").read_text()
-    assert ", and not in those of the other rollout servers (1); rounding explains 0.0001: " in status.failure.message
+    assert ", and not in those of the other rollout servers (1); rounding explains 0.0003: " in status.failure.message
     assert "At a later one weights were lost on the way" in output
     logged = [fact.body.metrics for fact in command.facts() if fact.body.type == "Logged"]
     steps = [{name: float(value) for name, value in metrics.items()} for metrics in logged if "loss" in metrics]

@@ -217,7 +217,7 @@ def test_a_server_that_acknowledges_weights_and_drops_them_stops_the_training(fo
     assert trained["stopped"].startswith(
         f"at step 2 the log-probabilities of the completions differ from the trainer's in those of {second} (by "
     )
-    assert ", and not in those of the other rollout servers (1); rounding explains 0.0001" in trained["stopped"]
+    assert ", and not in those of the other rollout servers (1); rounding explains 0.0003" in trained["stopped"]
     assert [difference < 1e-5 for difference in trained["differences"]] == [True]  # step 2 is not trained
 
 

@@ -39,7 +39,10 @@ def parse_options(description: str | None, *, pairs: int, every: int, batch: int
     parser.add_argument("--every", type=int, default=every, help="steps of a block, and between checkpoints")
     parser.add_argument("--batch", type=int, default=batch, help="rows of a step, or completions")
     parser.add_argument("--python", type=Path, help="the trainer's interpreter (default: `posttrain env trainer`)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.pairs < 2:
+        parser.error("--pairs: take at least 2, as one ratio has no quartiles")
+    return options
 
 
 @dataclass
@@ -77,7 +80,9 @@ def run_in_turn(
                 "addresses": addresses[variant],
                 **{name: getattr(options, name) for name in ("pairs", "every", "batch")},
             }
-            processes[variant] = stack.enter_context(_start(task, python=options.python, python_path=python_path))
+            process = _start(task, python=options.python, python_path=python_path)
+            processes[variant] = stack.enter_context(process)
+            stack.callback(process.kill)  # who was interrupted does not wait for a block that nobody asks for
         timed = {variant: Timed() for variant in variants}
         for variant, process in processes.items():
             _read(variant, process)

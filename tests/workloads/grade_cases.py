@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -294,6 +294,14 @@ def numbers() -> list[str]:
     ]
 
 
+def draw_difference(draw: random.Random, terms: Sequence[str], *, errors: Sequence[str]) -> str:
+    """Return the two sides of an identity, of these terms, as a difference; most of them with an error."""
+    a, b, c = (draw.choice(terms) for _ in range(3))
+    left, right = draw.choice(IDENTITIES)
+    error = draw.choice(["", "", *errors])
+    return f"({left}) - ({right}){error}".replace("A", f"({a})").replace("B", f"({b})").replace("C", f"({c})")
+
+
 def differences() -> dict[str, Any]:
     """How many generated differences are zero and not, and which of them simplifying finds to be the other."""
     from sympy import simplify
@@ -304,10 +312,7 @@ def differences() -> dict[str, Any]:
     draw = random.Random(50)
     found: dict[str, Any] = {"zero": 0, "not": 0, "known": 0, "different": []}
     for _ in range(400):
-        a, b, c = (draw.choice(TERMS) for _ in range(3))
-        left, right = draw.choice(IDENTITIES)
-        error = draw.choice(["", "", *ERRORS])
-        text = f"({left}) - ({right}){error}".replace("A", f"({a})").replace("B", f"({b})").replace("C", f"({c})")
+        text = draw_difference(draw, TERMS, errors=ERRORS)
         difference = parse_expr(text, evaluate=False)
         plainly, quickly = (is_zero(function, difference) for function in (simplify, simplify_unless_known))
         found["zero" if plainly else "not"] += 1
@@ -327,10 +332,7 @@ def numeric_differences() -> dict[str, Any]:
     draw = random.Random(60)
     found: dict[str, Any] = {"zero": 0, "not": 0, "known": 0, "different": []}
     for _ in range(400):
-        a, b, c = (draw.choice(NUMBERS) for _ in range(3))
-        left, right = draw.choice(IDENTITIES)
-        error = draw.choice(["", "", " + 1", " - 1/1000000", " + 10**(-30)", " - pi/3", " + I"])
-        text = f"({left}) - ({right}){error}".replace("A", f"({a})").replace("B", f"({b})").replace("C", f"({c})")
+        text = draw_difference(draw, NUMBERS, errors=(" + 1", " - 1/1000000", " + 10**(-30)", " - pi/3", " + I"))
         difference = parse_expr(text, evaluate=False)
         known, plainly = is_not_zero(difference), is_zero(simplify, difference)
         found["zero" if plainly else "not"] += 1

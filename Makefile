@@ -19,6 +19,9 @@ CUDA_ONLY := torchaudio torchcodec torchvision
 # What the test cluster's programs are built for, in this order.
 BUILDS := build-control-plane build-node build-kueue
 
+# The tests on clusters, which wait a lot, run beside the others. PYTEST_ARGS="-n0 -s" shows what they print.
+BESIDE_EACH_OTHER := -n 2
+
 export UV_COMPILE_BYTECODE := 1
 export UV_PYTHON_DOWNLOADS := never
 
@@ -47,10 +50,10 @@ check: setup ## Lint, formatting, types, import rules
 	$(VENV)/bin/lint-imports
 
 test: setup build-control-plane ## Run the tests, but for those of `make e2e` (PYTEST_ARGS="-k name" for some)
-	$(VENV)/bin/pytest -m "not e2e and not kueue" $(PYTEST_ARGS)
+	$(VENV)/bin/pytest $(BESIDE_EACH_OTHER) -m "not e2e and not kueue" $(PYTEST_ARGS)
 
 test-unit: setup ## Run the tests that need neither the trainer environment nor the test cluster
-	$(VENV)/bin/pytest -m "not workloads and not integration and not e2e and not kueue" $(PYTEST_ARGS)
+	$(VENV)/bin/pytest $(BESIDE_EACH_OTHER) -m "not workloads and not integration and not e2e and not kueue" $(PYTEST_ARGS)
 
 test-workloads: setup ## Run the tests in the trainer environment
 	$(VENV)/bin/pytest -m workloads $(PYTEST_ARGS)
@@ -62,7 +65,7 @@ e2e: setup $(BUILDS) ## Run the tests on a real node, and those with Kueue
 	$(VENV)/bin/pytest -m "e2e or kueue" $(PYTEST_ARGS)
 
 test-all: setup $(BUILDS) ## Run every test
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	$(VENV)/bin/pytest $(BESIDE_EACH_OTHER) $(PYTEST_ARGS)
 
 chaos: setup build-control-plane ## Kill the operator at 300 random writes of runs' lives (20 minutes); see docs/development/chaos.md
 	POSTTRAIN_CHAOS_TRIALS=$${POSTTRAIN_CHAOS_TRIALS:-300} $(VENV)/bin/pytest -q -s tests/integration/test_chaos.py $(PYTEST_ARGS)

@@ -1,14 +1,19 @@
-"""What CI promises: that the tiers whose programs are there did run."""
+"""What CI promises: that the tiers whose programs are there did run. And which tests may run beside each other."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 _MARKERS = {"control-plane": "integration", "node": "e2e", "kueue": "kueue"}
 """Part of the test cluster to the marker of the tests that prove something with it."""
+_ON_CLUSTERS = ("e2e", "integration")
+"""The folders of those tests."""
 
 
 class PromisedTiers:
@@ -35,9 +40,32 @@ class PromisedTiers:
             )
 
 
+class ClustersBesideTheRest(LoadScopeScheduling):
+    """For `-n 2`: the tests on clusters, which wait a lot, one after another beside those that compute.
+
+    Each other file stays in one process, for its fixtures. (`--dist loadgroup` does nothing with pytest 9.2,
+    pytest-xdist issue 1386.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "clusters" if Path(file).parent.name in _ON_CLUSTERS else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ClustersBesideTheRest:
+    config.option.loadscopereorder = False
+    return ClustersBesideTheRest(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that two processes end at about the same time."""
+    items.sort(key=lambda item: item.path.parent.name not in (*_ON_CLUSTERS, "workloads"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     parts = [part for part in os.environ.get("POSTTRAIN_REQUIRE", "").split(",") if part]
     if unknown := set(parts) - _MARKERS.keys():
         raise pytest.UsageError(f"$POSTTRAIN_REQUIRE names {sorted(unknown)}; there are {sorted(_MARKERS)}")
-    if parts:
+    if parts and not hasattr(config, "workerinput"):  # the process that the workers report to looks after all of them
         config.pluginmanager.register(PromisedTiers(parts))

@@ -29,7 +29,12 @@ def main() -> None:
     plain, ours = ([(log["loss"], log["reward"]) for log in timed[side].logs] for side in (PLAIN, REPORTING))
     if plain != ours or len(plain) < options.pairs * options.every:
         raise SystemExit(f"losses and rewards differ, so the times mean nothing: {plain}, {ours}")
-    steps = timed[REPORTING].logs[1:]
+    # A block ends with the step in its middle, which the wait for the next block is a part of.
+    steps = [
+        log
+        for step, log in enumerate(timed[REPORTING].logs, start=1)
+        if step > options.every // 2 and step % options.every != options.every // 2
+    ]
     whole = statistics.mean(log["time/step"] for log in steps)
     split = ", ".join(f"{part} {statistics.mean(log[f'time/{part}'] for log in steps) / whole:.1%}" for part in PARTS)
     step = statistics.median(timed[PLAIN].seconds) / options.every

@@ -42,6 +42,8 @@ def parse_options(description: str | None, *, pairs: int, every: int, batch: int
     options = parser.parse_args()
     if options.pairs < 2:
         parser.error("--pairs: take at least 2, as one ratio has no quartiles")
+    if options.every < 2:
+        parser.error("--every: take at least 2, as the step that ends a block is not timed by itself")
     return options
 
 
@@ -63,7 +65,9 @@ def run_in_turn(
     """
     sys.path.insert(0, str(ROOT))
     from tests.workloads._server import FactsServer
+    from tests.workloads.conftest import ensure_quickstart_inputs
 
+    ensure_quickstart_inputs()
     server = FactsServer()
     with contextlib.ExitStack() as stack:
         silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))

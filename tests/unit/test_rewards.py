@@ -235,7 +235,7 @@ def test_a_grade_that_fails_names_reward_row_and_completion(name: str) -> None:
 # --- What is bound ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", REWARDS.keys() - CODE_REWARDS)
+@pytest.mark.parametrize("name", sorted(REWARDS.keys() - CODE_REWARDS))
 def test_every_reward_is_exported_by_its_name_and_bound_with_the_tables_defaults(name: str) -> None:
     defaults = {param.name: param.default for param in REWARDS[name].params}
     columns = {"solution": ["right"], "completion_ids": [[1] * 13000]}
@@ -269,7 +269,7 @@ def test_a_missing_column_is_named() -> None:
         score("accuracy", ["4"], answer=["4"], level=[1])
 
 
-@pytest.mark.parametrize("name", CODE_REWARDS)
+@pytest.mark.parametrize("name", sorted(CODE_REWARDS))
 def test_a_reward_that_runs_programs_is_not_built_without_a_sandbox(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} runs programs, and there is no sandbox to run them in"):
         build(name)

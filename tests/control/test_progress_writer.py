@@ -299,6 +299,26 @@ def test_the_operators_part_of_the_status_stays() -> None:
 # --- Trouble ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_the_pods_of_a_run_cost_one_write_however_close_they_report(turns: int) -> None:
+    async def scenario() -> None:
+        world = World()
+        await world.take(STARTED)
+        await world.note(step(1))
+        before = world.writes
+        world.clock.advance(30)
+
+        async def other_pod() -> FactsReply:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return await world.take(source="rank-1")
+
+        await asyncio.gather(world.take(logged(5), first_seq=2), other_pod())
+        assert world.writes == before + 1
+
+    asyncio.run(scenario())
+
+
 def test_requests_that_come_during_a_write_go_into_the_next_one_together() -> None:
     async def scenario() -> None:
         world = World()

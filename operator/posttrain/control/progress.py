@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -106,6 +107,10 @@ class _Buffer:
     def size_bytes(self) -> int:
         return sum(taken.size_bytes for taken in self.waiting)
 
+    def waits(self) -> bool:
+        """Return whether something of the run is not in status yet."""
+        return bool(self.waiting)
+
 
 class ProgressWriter:
     """Folds reports into the status of their runs: at once where it matters, else each run twice a minute.
@@ -173,10 +178,10 @@ class ProgressWriter:
 
     def _add(self, run: RunIdentity) -> _Buffer:
         if len(self._buffers) >= self._limits.runs:
-            idle = next((known for known, buffer in self._buffers.items() if not buffer.waiting), None)
+            idle = next((known for known, buffer in self._buffers.items() if not buffer.waits()), None)
             if idle is None:
                 oldest = next(iter(self._buffers.values()))
-                self._spawn(self._log_failure(self._write(oldest, oldest.taken), oldest))
+                self._spawn(self._log_failure(self._write(oldest, when=oldest.waits), oldest))
                 raise Unavailable(
                     f"reports of {len(self._buffers)} runs wait to be written", retry_after=_RETRY_SECONDS
                 )
@@ -192,6 +197,10 @@ class ProgressWriter:
     def _is_due(self, buffer: _Buffer, report: Report) -> bool:
         ripe = self._monotonic() >= max(buffer.due_at, buffer.retry_at)
         return ripe or self._is_full(buffer) or must_show_at_once(buffer.known, report)
+
+    def _is_overdue(self, buffer: _Buffer) -> bool:
+        ripe_at = max(buffer.due_at + _GRACE_SECONDS, buffer.retry_at)
+        return buffer.waits() and self._monotonic() >= ripe_at
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -210,26 +219,23 @@ class ProgressWriter:
         """Write every run whose time has come without a sender that came again, and forget those that fell silent."""
         now = self._monotonic()
         for run, buffer in list(self._buffers.items()):
-            if not buffer.waiting and now - buffer.touched_at >= _IDLE_SECONDS:
+            if not buffer.waits() and now - buffer.touched_at >= _IDLE_SECONDS:
                 del self._buffers[run]
-        due = [
-            buffer
-            for buffer in self._buffers.values()
-            if buffer.waiting and now >= max(buffer.due_at + _GRACE_SECONDS, buffer.retry_at)
-        ]
-        await asyncio.gather(*(self._log_failure(self._write(buffer, buffer.taken), buffer) for buffer in due))
+        due = [buffer for buffer in self._buffers.values() if self._is_overdue(buffer)]
+        writes = (self._write(buffer, when=partial(self._is_overdue, buffer)) for buffer in due)
+        await asyncio.gather(*map(self._log_failure, writes, due))
 
     async def close(self, *, timeout_seconds: float = 5.0) -> None:
         """Write everything that waits, as far as the time allows; facts that it did not reach are sent again."""
-        buffers = [buffer for buffer in self._buffers.values() if buffer.waiting]
+        buffers = [buffer for buffer in self._buffers.values() if buffer.waits()]
         for buffer in buffers:
             buffer.retry_at = 0.0
-        writes = (self._log_failure(self._write(buffer, buffer.taken), buffer) for buffer in buffers)
+        writes = (self._write(buffer, when=buffer.waits) for buffer in buffers)
         try:
             async with asyncio.timeout(timeout_seconds):
-                await asyncio.gather(*writes, *self._tasks)
+                await asyncio.gather(*map(self._log_failure, writes, buffers), *self._tasks)
         except TimeoutError:
-            left = sum(bool(buffer.waiting) for buffer in buffers)
+            left = sum(buffer.waits() for buffer in buffers)
             log.warning("progress was not written in time", runs=left, seconds=timeout_seconds)
 
     async def _log_failure(self, writing: Coroutine[Any, Any, None], buffer: _Buffer) -> None:
@@ -244,8 +250,12 @@ class ProgressWriter:
         """Write a report unless it may wait; what status has is read once before that is judged."""
         if not buffer.was_read:
             await self._read_first(buffer)
-        if buffer.written < taken.number and self._is_due(buffer, taken.report):
-            await self._write(buffer, taken.number)
+
+        def is_due() -> bool:
+            return buffer.written < taken.number and self._is_due(buffer, taken.report)
+
+        if is_due():
+            await self._write(buffer, when=is_due)
 
     async def _read_first(self, buffer: _Buffer) -> None:
         async with buffer.lock:
@@ -259,10 +269,13 @@ class ProgressWriter:
                 age = max((self._clock() - beat).total_seconds(), 0.0)
                 buffer.due_at = self._monotonic() + self._limits.interval_seconds - age
 
-    async def _write(self, buffer: _Buffer, number: int) -> None:
-        """Bring everything into status that waits, the report of that number at least."""
+    async def _write(self, buffer: _Buffer, *, when: Callable[[], bool]) -> None:
+        """Bring everything into status that waits, if that is still so when those who write already are done.
+
+        A run's pods report within the same moment: the first one's write makes the others' wait for the next.
+        """
         async with buffer.lock:
-            if buffer.written < number:
+            if when():
                 await self._ask(buffer, lambda: self._fold_into_status(buffer))
 
     async def _fold_into_status(self, buffer: _Buffer) -> None:

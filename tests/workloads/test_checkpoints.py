@@ -94,6 +94,23 @@ def test_the_marker_names_every_file_of_every_rank(tmp_path: Path) -> None:
     assert [path.name for path in folder.glob(".*")] == [MARKER]
 
 
+def test_what_another_rank_is_writing_over_its_own_files_is_none_of_the_checkpoint(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 10, ranks=2)
+    files = list_files(folder)
+    for name in (".rank-1.json", MARKER):
+        (folder / f"{name}.new").write_bytes(b"half of it")
+    first, second = (build_keeper(tmp_path, rank=rank, world_size=2) for rank in range(2))
+    first.finalise(10)
+    second.finalise(10)
+    second.wait()
+    first.wait()
+
+    marker = verify_folder(folder)
+    assert isinstance(marker, Marker)
+    assert [file.path for file in marker.files] == files
+    assert [path.name for path in folder.glob(".*")] == [MARKER]
+
+
 @pytest.mark.parametrize(
     ("path", "rank"),
     [

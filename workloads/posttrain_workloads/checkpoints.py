@@ -26,7 +26,10 @@ from posttrain_workloads.runtime import RankFailure
 
 logger = logging.getLogger(__name__)
 
-_PART = re.compile(r"\.rank-(\d+)\.json")
+_NEW = ".new"
+"""How the name of a file ends until all of it is on the disk."""
+_NO_CONTENT = re.compile(rf"(?:{re.escape(MARKER_NAME)}|\.rank-\d+\.json)(?:{re.escape(_NEW)})?")
+"""The marker and its parts."""
 _PARTS = TypeAdapter(tuple[MarkedFile, ...])
 # Files that a rank other than 0 writes: transformers' RNG states and our own, DeepSpeed's and FSDP's shards.
 _OWNER = re.compile(r"(?:^|/)(?:rng_state_|logging_state_|(?:\w+_)?zero_pp_rank_|__)(\d+)(?=[._])")
@@ -138,10 +141,13 @@ def owner_of(path: str, *, world_size: int) -> int:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the relative paths of a folder's files, without the marker and its parts."""
+    """Return the relative paths of a folder's files, without the marker and its parts.
+
+    Nor those that another rank is about to give their names: they are gone before they are read.
+    """
     paths = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
     names = (file.relative_to(folder).as_posix() for file in paths)
-    return sorted(name for name in names if name != MARKER_NAME and not _PART.fullmatch(name))
+    return sorted(name for name in names if not _NO_CONTENT.fullmatch(name))
 
 
 def seal_files(folder: Path, paths: Iterable[str]) -> list[MarkedFile]:
@@ -207,7 +213,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def _write_durably(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f"{target.name}.new")
+    temporary = target.with_name(f"{target.name}{_NEW}")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from overhead import INPUTS, PLAIN, REPORTING, ROOT, median_ratio, parse_options, quartiles, run_in_turn
+from overhead import INPUTS, PLAIN, REPORTING, ROOT, ends_block, median_ratio, parse_options, quartiles, run_in_turn
 
 OWN_CODE = ROOT / "examples" / "quickstart" / "own"
 PARTS = ("rollout", "rewards", "training")
@@ -25,16 +25,14 @@ PARTS = ("rollout", "rewards", "training")
 def main() -> None:
     """Measure, and print one line."""
     options = parse_options(__doc__, pairs=12, every=4, batch=8)
+    if options.every < 2:
+        raise SystemExit("--every: take at least 2, as the split is not told of the step that ends a block")
     timed = run_in_turn("grpo_overhead", (PLAIN, REPORTING), options, python_path=[OWN_CODE])
     plain, ours = ([(log["loss"], log["reward"]) for log in timed[side].logs] for side in (PLAIN, REPORTING))
     if plain != ours or len(plain) < options.pairs * options.every:
         raise SystemExit(f"losses and rewards differ, so the times mean nothing: {plain}, {ours}")
-    # A block ends with the step in its middle, which the wait for the next block is a part of.
-    steps = [
-        log
-        for step, log in enumerate(timed[REPORTING].logs, start=1)
-        if step > options.every // 2 and step % options.every != options.every // 2
-    ]
+    logged = enumerate(timed[REPORTING].logs, start=1)
+    steps = [log for step, log in logged if step > 1 and not ends_block(step, every=options.every)]
     whole = statistics.mean(log["time/step"] for log in steps)
     split = ", ".join(f"{part} {statistics.mean(log[f'time/{part}'] for log in steps) / whole:.1%}" for part in PARTS)
     step = statistics.median(timed[PLAIN].seconds) / options.every

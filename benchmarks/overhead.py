@@ -42,8 +42,6 @@ def parse_options(description: str | None, *, pairs: int, every: int, batch: int
     options = parser.parse_args()
     if options.pairs < 2:
         parser.error("--pairs: take at least 2, as one ratio has no quartiles")
-    if options.every < 2:
-        parser.error("--every: take at least 2, as the step that ends a block is not timed by itself")
     return options
 
 
@@ -227,6 +225,11 @@ def train_as_rank(script: Any, config: Any, *, environ: Mapping[str, str]) -> No
     reporter.close(timeout_seconds=1)
 
 
+def ends_block(step: int, *, every: int) -> bool:
+    """Return whether a block ends with this step, which the wait for the next block is then a part of."""
+    return step % every == every // 2
+
+
 def build_step_timer(every: int, output: int, storage: str | None) -> Any:
     """Return a callback that trains a block each time that standard input says so, and writes how long that took.
 
@@ -245,7 +248,7 @@ def build_step_timer(every: int, output: int, storage: str | None) -> Any:
             self.logs: list[dict[str, Any]] = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % every != every // 2:
+            if not ends_block(state.global_step, every=every):
                 return
             if self.started is not None and storage is not None:
                 marker = Path(storage) / checkpoint_folder(state.global_step // every * every) / MARKER_NAME

@@ -30,36 +30,51 @@ INPUTS = ROOT / "examples" / "quickstart" / "inputs"
 PLAIN = "plain"
 REPORTING = "posttrain"
 UNREACHABLE = "unreachable"
+TURN_STEPS = 2
+"""Steps that each side trains in turn: where the first writes a checkpoint, that is verified during the second."""
 
 
 def parse_options(description: str | None, *, pairs: int, every: int, batch: int) -> argparse.Namespace:
     """Return what the command line asks for; the numbers are the defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=pairs, help="blocks of each variant")
-    parser.add_argument("--every", type=int, default=every, help="steps of a block, and between checkpoints")
+    parser.add_argument("--every", type=int, default=every, help="steps of a block, which has one checkpoint")
     parser.add_argument("--batch", type=int, default=batch, help="rows of a step, or completions")
     parser.add_argument("--python", type=Path, help="the trainer's interpreter (default: `posttrain env trainer`)")
     options = parser.parse_args()
     if options.pairs < 2:
         parser.error("--pairs: take at least 2, as one ratio has no quartiles")
+    if options.every % TURN_STEPS:
+        parser.error(f"--every: take a multiple of {TURN_STEPS}, as so many steps are trained in turn")
     return options
 
 
 @dataclass
 class Timed:
-    """What was seen of a variant: the seconds of its blocks, in turn, and what was logged of each of its steps."""
+    """What was seen of a variant: the seconds of its turns, and what was logged of each of its steps."""
 
-    seconds: list[float] = field(default_factory=list)
+    every: int
+    turns: list[float] = field(default_factory=list)
     logs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> list[float]:
+        """The seconds of the blocks: of as many turns as have one checkpoint."""
+        return [sum(block) for block in zip(*[iter(self.turns)] * (self.every // TURN_STEPS), strict=True)]
+
+    @property
+    def step(self) -> float:
+        """The median over the blocks of the seconds of a step."""
+        return statistics.median(self.blocks) / self.every
 
 
 def run_in_turn(
     script: str, variants: Sequence[str], options: argparse.Namespace, *, python_path: Sequence[Path] = ()
 ) -> dict[str, Timed]:
-    """Train each variant in a process of its own, of which one at a time computes, for a block; return what was seen.
+    """Train each variant in a process of its own, of which one at a time computes, for a turn; return what was seen.
 
-    A block has one checkpoint, in its middle, and goes on until that counts. What is written is on the disk before
-    another begins; every order has its round. So both sides of a pair see the machine in the same minute.
+    A turn with a checkpoint goes on until that counts, and what is written is on the disk before another begins; every
+    order has its round. So all sides of a pair of blocks see the machine in the same minute.
     """
     sys.path.insert(0, str(ROOT))
     from tests.workloads._server import FactsServer
@@ -85,17 +100,16 @@ def run_in_turn(
             process = _start(task, python=options.python, python_path=python_path)
             processes[variant] = stack.enter_context(process)
             stack.callback(process.kill)  # who was interrupted does not wait for a block that nobody asks for
-        timed = {variant: Timed() for variant in variants}
+        timed = {variant: Timed(options.every) for variant in variants}
         for variant, process in processes.items():
             _read(variant, process)
         orders = itertools.cycle(itertools.permutations(variants))
-        for order in itertools.islice(orders, options.pairs):
+        for order in itertools.islice(orders, options.pairs * options.every // TURN_STEPS):
             for variant in order:
-                seconds = _take_turn(variant, processes[variant])
-                timed[variant].seconds.append(seconds)
-                print(f"{variant}: {seconds:.2f} s", file=sys.stderr, flush=True)
+                timed[variant].turns.append(_take_turn(variant, processes[variant]))
+            print(", ".join(f"{name}: {seen.turns[-1]:.2f} s" for name, seen in timed.items()), file=sys.stderr)
         for variant, process in processes.items():
-            timed[variant].logs = _read(variant, process)
+            timed[variant].logs = _take_turn(variant, process)
     return timed
 
 
@@ -117,11 +131,11 @@ def _start(task: Mapping[str, Any], *, python: Path | None, python_path: Sequenc
     )
 
 
-def _take_turn(variant: str, process: subprocess.Popen[str]) -> float:
+def _take_turn(variant: str, process: subprocess.Popen[str]) -> Any:
     assert process.stdin is not None
     process.stdin.write("go\n")
     process.stdin.flush()
-    return float(_read(variant, process))
+    return _read(variant, process)
 
 
 def _read(variant: str, process: subprocess.Popen[str]) -> Any:
@@ -144,7 +158,7 @@ def quartiles(timed: Mapping[str, Timed], variant: str) -> str:
 
 
 def _ratios(timed: Mapping[str, Timed], variant: str) -> list[float]:
-    return [ours / plain for ours, plain in zip(timed[variant].seconds, timed[PLAIN].seconds, strict=True)]
+    return [ours / plain for ours, plain in zip(timed[variant].blocks, timed[PLAIN].blocks, strict=True)]
 
 
 def trainer_interpreter() -> str:
@@ -158,7 +172,7 @@ def trainer_interpreter() -> str:
 
 
 def measure() -> None:
-    """Do the run that the first argument describes, block by block as standard input says, and print what was seen."""
+    """Do the run that the first argument describes, turn by turn as standard input says, and print what was seen."""
     import torch.distributed as dist
 
     task = json.loads(sys.argv[1])
@@ -180,7 +194,7 @@ def measure() -> None:
     if task["addresses"] is not None:
         timer["storage"] = str(folder / "storage")
     config = script.build_config(
-        steps=every // 2 + task["pairs"] * every,
+        steps=1 + task["pairs"] * every + 1,
         batch=task["batch"],
         checkpoints={"everySteps": every, "keepLast": 2},
         code={"path": str(Path(__file__).parent)},
@@ -225,15 +239,11 @@ def train_as_rank(script: Any, config: Any, *, environ: Mapping[str, str]) -> No
     reporter.close(timeout_seconds=1)
 
 
-def ends_block(step: int, *, every: int) -> bool:
-    """Return whether a block ends with this step, which the wait for the next block is then a part of."""
-    return step % every == every // 2
-
-
 def build_step_timer(every: int, output: int, storage: str | None) -> Any:
-    """Return a callback that trains a block each time that standard input says so, and writes how long that took.
+    """Return a callback that trains a turn each time that standard input says so, and writes how long that took.
 
-    The first half of a block is for warming up. With a `storage` the block ends when its checkpoint is marked there.
+    The first step warms up. The last one is not timed either, as a run writes a checkpoint when it ends. With a
+    `storage`, a turn whose first step wrote one ends when it is marked there.
     """
     from transformers import TrainerCallback
 
@@ -244,22 +254,23 @@ def build_step_timer(every: int, output: int, storage: str | None) -> Any:
 
     class StepTimer(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.started: float | None = None
+            self.started = 0.0
             self.logs: list[dict[str, Any]] = []
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not ends_block(state.global_step, every=every):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ended = state.global_step - TURN_STEPS  # before the turn
+            if ended % TURN_STEPS == 0:
                 return
-            if self.started is not None and storage is not None:
-                marker = Path(storage) / checkpoint_folder(state.global_step // every * every) / MARKER_NAME
+            if storage is not None and (ended + 1) % every == 0 and ended > 0:
+                marker = Path(storage) / checkpoint_folder(ended + 1) / MARKER_NAME
                 while not marker.exists():
                     time.sleep(0.01)
-            seconds = time.perf_counter() - self.started if self.started is not None else "warm"
-            os.sync()  # or what this block left for later would be written during the next one, which is another's
+            seconds = time.perf_counter() - self.started
+            os.sync()  # or what this turn left for later would be written during the next one, which is another's
             write(seconds)
-            if state.global_step < state.max_steps:
-                sys.stdin.readline()
-                self.started = time.perf_counter()
+            if not sys.stdin.readline():
+                raise SystemExit("nobody asks for another turn")
+            self.started = time.perf_counter()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" in (logs or {}):

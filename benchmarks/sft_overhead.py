@@ -2,14 +2,14 @@
 
     .venv/bin/python benchmarks/sft_overhead.py [--pairs 12] [--every 8] [--batch 4]
 
-Runs of the quickstart's real model on one CPU thread each, which train a block in turn: plain TRL, posttrain's rank
-with a progress server, and the same with a server that takes connections and never answers. A block has a checkpoint
-of 1.6 GB in its middle, which is many times denser than in a run that matters; the ratio is the median over the pairs.
+Runs of the quickstart's real model on one CPU thread each, which train two steps in turn: plain TRL, posttrain's rank
+with a progress server, and the same with a server that takes connections and never answers. A block of steps has one
+checkpoint of 1.6 GB, which is many times denser than in a run that matters; the ratio is the median over the pairs of
+blocks.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,12 +21,11 @@ def main() -> None:
     """Measure, and print one line."""
     options = parse_options(__doc__, pairs=12, every=8, batch=4)
     timed = run_in_turn("sft_overhead", (PLAIN, REPORTING, UNREACHABLE), options)
-    step = statistics.median(timed[PLAIN].seconds) / options.every
     print(
         f"SFT step with reporting and verified checkpoints against plain TRL: {median_ratio(timed, REPORTING):.3f}x "
         f"({quartiles(timed, REPORTING)}), with an unreachable progress server {median_ratio(timed, UNREACHABLE):.3f}x "
         f"({quartiles(timed, UNREACHABLE)}); median and quartiles of {options.pairs} pairs of {options.every} steps of "
-        f"{step:.2f} s and a checkpoint"
+        f"{timed[PLAIN].step:.2f} s and a checkpoint"
     )
 
 

@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.support.processes import wait_for
+from tests.support.sandbox import running_sandbox
 from tests.workloads._command import POSTTRAIN, WAIT_SECONDS, Command
 from tests.workloads._configs import ARGS, GRPO_ARGS
 
@@ -214,12 +216,8 @@ def test_programs_out_of_completions_are_scored_in_a_sandbox_that_goes_with_the_
 
 
 def test_a_run_goes_on_when_its_sandbox_is_killed_between_two_steps(programs: Command, tmp_path: Path) -> None:
-    halts = tmp_path / "halts"
-    halts.mkdir()
     programs.spec["grpo"]["args"]["max_steps"] = 3
-    programs.spec["callbacks"] = [
-        {"function": "faults:Halt", "params": {"folder": str(halts), "between": 1, "inside": -1}}
-    ]
+    halts = halt_after_first_step(programs, folder=tmp_path / "halts")
     programs.start()
     programs.wait_for((halts / "between").exists, what="the end of step 1")
     os.kill(main_process(programs, pod="tiny-sandbox-0"), signal.SIGKILL)
@@ -241,6 +239,43 @@ def test_a_run_goes_on_when_its_sandbox_is_killed_between_two_steps(programs: Co
     assert programs.processes() == []
 
 
+@pytest.mark.parametrize("others", [[{"name": "format"}], []], ids=["another reward", "no other reward"])
+def test_programs_that_no_sandbox_runs_any_more_have_no_reward(
+    programs: Command, tmp_path: Path, others: list[dict[str, str]]
+) -> None:
+    with ExitStack() as stack:
+        sandbox = stack.enter_context(running_sandbox("--concurrency", "2", "--memory-mib", "512"))
+        programs.spec["grpo"] |= {
+            "rewards": [{"name": "code"}, *others],
+            "sandbox": {"mode": "Piston", "endpoints": [sandbox.url]},
+        }
+        halts = halt_after_first_step(programs, folder=tmp_path / "halts")
+        programs.start()
+        programs.wait_for((halts / "between").exists, what="the end of step 1")
+    (halts / "between-over").touch()
+    code, output = programs.wait()
+
+    status = programs.status().status
+    if others:
+        assert code == 0, output + programs.logs()
+        assert status.stage == "Succeeded"
+        assert unscored(programs) == [0.0, 1.0]
+    else:
+        assert code == 1, output + programs.logs()
+        assert status.failure is not None and status.failure.reason == "RewardFunctionFailed"
+        assert "could score any of 4 completions. Programs could not be run: no sandbox ran it in" in output
+        assert f"the last time {sandbox.url}" in output
+        assert unscored(programs) == [0.0]
+
+
+def halt_after_first_step(command: Command, *, folder: Path) -> Path:
+    """Have the run halt between its first two steps, until `between-over` is in the folder, which is returned."""
+    folder.mkdir()
+    halt = {"function": "faults:Halt", "params": {"folder": str(folder), "between": 1, "inside": -1}}
+    command.spec["callbacks"] = [halt]
+    return folder
+
+
 def main_process(command: Command, *, pod: str) -> int:
     """Return the id of the process that a pod's container is."""
     manifest = json.loads(command.run_folder.object_file("Pod", pod).read_text())
@@ -249,10 +284,20 @@ def main_process(command: Command, *, pod: str) -> int:
 
 
 def scores(command: Command) -> list[tuple[float, float]]:
-    """Return of each step the mean of the reward `code`, and how many completions it did not score."""
+    """Return of each step the mean of the reward `code`, and the share of completions that it did not score."""
+    means = [float(step["rewards/code/mean"]) for step in logged_steps(command)]
+    return list(zip(means, unscored(command), strict=True))
+
+
+def unscored(command: Command) -> list[float]:
+    """Return of each step the share of completions that the reward `code` did not score; of all of them, no mean."""
+    return [float(step["rewards/code/unscored"]) for step in logged_steps(command)]
+
+
+def logged_steps(command: Command) -> list[dict[str, str]]:
+    """Return what was logged of each step."""
     logged = [fact.body.metrics for fact in command.facts() if fact.body.type == "Logged"]
-    steps = [metrics for metrics in logged if "loss" in metrics]
-    return [(float(step["rewards/code/mean"]), float(step["rewards/code/unscored"])) for step in steps]
+    return [metrics for metrics in logged if "loss" in metrics]
 
 
 def told(command: Command) -> str:

@@ -45,6 +45,8 @@ class WatchedReward:
     name: str
     """As the metrics have it."""
     score: Score
+    sandbox: PistonSandbox | RentedSandbox | None = None
+    """Where it runs programs, if it runs any."""
     last_error: str = ""
     """The newest error, in words."""
     loop: asyncio.AbstractEventLoop | None = None
@@ -77,6 +79,11 @@ class WatchedReward:
         log_metric(f"rewards/{self.name}/failed", failed / len(completions))
         log_metric(f"rewards/{self.name}/unscored", sum(score is None for score in scores) / len(completions))
         return scores
+
+    def why_unscored(self) -> str:
+        """Return in words what keeps it from scoring, as far as is known."""
+        failure = self.sandbox.last_failure if self.sandbox is not None else ""
+        return self.last_error or (failure and f"Programs could not be run: {failure}")
 
     def for_trainer(self) -> Callable[..., Any]:
         """Return what TRL calls: for an `async def` a coroutine function, which it awaits together with the others."""
@@ -168,7 +175,8 @@ def build_rewards(config: TrainingConfig, *, environ: Mapping[str, str]) -> list
     for index, reward in enumerate(config.spec.grpo.rewards):
         with findings.collect():
             name = _unused(_name(reward), [other.name for other in built])
-            built.append(WatchedReward(name, _build(reward, sandbox=sandbox, path=f"spec.grpo.rewards[{index}]")))
+            score = _build(reward, sandbox=sandbox, path=f"spec.grpo.rewards[{index}]")
+            built.append(WatchedReward(name, score, sandbox=sandbox))
     if findings.problems:
         raise InvalidInputs(findings.problems)
     return built

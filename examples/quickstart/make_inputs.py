@@ -9,6 +9,7 @@ an ordinary model folder; the problems come from the package reasoning-gym.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import importlib.util
@@ -36,18 +37,23 @@ SEED = 20250101
 
 
 def main() -> None:
-    """Make what is missing; a second call with everything in place ends at once."""
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + REQUIREMENTS.read_bytes()).hexdigest()
-    if STAMP.is_file() and STAMP.read_text() == recipe and all((INPUTS / name).exists() for name in NAMES):
-        print(f"Inputs are in place: {INPUTS}")
-        return
+    """Make what is missing; a second call with everything in place ends at once, and one meanwhile waits for this."""
+    INPUTS.mkdir(exist_ok=True)
+    with (INPUTS / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        recipe = hashlib.sha256(Path(__file__).read_bytes() + REQUIREMENTS.read_bytes()).hexdigest()
+        if not (STAMP.is_file() and STAMP.read_text() == recipe and all((INPUTS / name).exists() for name in NAMES)):
+            make_inputs(recipe)
+    print(f"Inputs are in place: {INPUTS}")
 
+
+def make_inputs(recipe: str) -> None:
+    """Make all of them anew, and note what they were made by."""
     print("The trainer's environment (made on first use)", flush=True)
     interpreter = trainer_interpreter()
     print("Packages with the model and the problems", flush=True)
     packages = install_packages(interpreter)
 
-    INPUTS.mkdir(exist_ok=True)
     STAMP.unlink(missing_ok=True)
     for leftover in INPUTS.glob(".making-*"):
         shutil.rmtree(leftover)
@@ -65,7 +71,6 @@ def main() -> None:
     making = STAMP.with_name(".complete.making")
     making.write_text(recipe)
     making.rename(STAMP)
-    print(f"Inputs are in place: {INPUTS}")
 
 
 def trainer_interpreter() -> str:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -243,8 +242,7 @@ def test_a_run_goes_on_when_its_sandbox_is_killed_between_two_steps(programs: Co
 def test_programs_that_no_sandbox_runs_any_more_have_no_reward(
     programs: Command, tmp_path: Path, others: list[dict[str, str]]
 ) -> None:
-    with ExitStack() as stack:
-        sandbox = stack.enter_context(running_sandbox("--concurrency", "2", "--memory-mib", "512"))
+    with running_sandbox("--concurrency", "2", "--memory-mib", "512") as sandbox:
         programs.spec["grpo"] |= {
             "rewards": [{"name": "code"}, *others],
             "sandbox": {"mode": "Piston", "endpoints": [sandbox.url]},

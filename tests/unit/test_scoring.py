@@ -10,10 +10,11 @@ import pytest
 
 from posttrain.api.training_run import TrainingRunSpec
 from posttrain.contract.config import GangShape, HubSource, RunIdentity, TrainingConfig
-from posttrain_workloads.rewards.execution import PistonSandbox
+from posttrain_workloads import rewards
+from posttrain_workloads.rewards.execution import Execution, ExecutionError, PistonSandbox, Program
 from posttrain_workloads.rewards.rented import RentedSandbox
 from posttrain_workloads.runtime import RankFailure
-from posttrain_workloads.scoring import WatchedReward, open_sandbox
+from posttrain_workloads.scoring import WatchedReward, WatchedSandbox, open_sandbox
 
 
 def call(score: Any, *, completions: list[str]) -> tuple[WatchedReward, list[float | None], dict[str, float]]:
@@ -68,6 +69,42 @@ def test_a_reward_that_fails_only_on_all_together_scores_none() -> None:
     assert scores == [None, None]
     assert logged["rewards/mine/failed"] == 1
     assert reward.last_error.startswith("reward mine fails on 2 completions together: ")
+
+
+class FailingSandbox:
+    """Runs no program as long as it is told to fail."""
+
+    parallel = 2
+    failing = True
+
+    def run(self, program: Program) -> Execution:
+        if self.failing:
+            raise ExecutionError("nobody answers")
+        return Execution(stdout="1", stderr="", code=0)
+
+
+def test_why_a_reward_scored_nothing_is_of_its_newest_call_and_of_its_own_programs() -> None:
+    machines = FailingSandbox()
+    watched = [WatchedSandbox(machines), WatchedSandbox(machines)]
+    programs = WatchedReward("code", rewards.build("code", sandbox=watched[0]), sandbox=watched[0])
+    broken = WatchedReward("mine", count_letters, sandbox=watched[1])
+    test = {"language": "python", "test_cases": [{"input": "", "output": "1"}]}
+    lists: dict[str, Any] = {"prompts": ["?"], "log_metric": lambda name, value: None}
+
+    def run_program() -> list[float | None]:
+        return programs(
+            completions=["```python\nprint(1)\n```"], completion_ids=[[1]], verification_info=[test], **lists
+        )
+
+    assert run_program() == [None]
+    assert broken(completions=["bad"], solution=["bad"], **lists) == [None]
+    assert programs.why_unscored() == "Programs of code could not be run: nobody answers"
+    assert broken.why_unscored().endswith("ValueError: cannot read it")
+
+    machines.failing = False
+    assert run_program() == [1.0]
+    assert broken(completions=["good"], solution=["good"], **lists) == [4]
+    assert (programs.why_unscored(), broken.why_unscored()) == ("", "")
 
 
 def test_rewards_that_are_async_are_awaited_together_and_watched_like_others() -> None:

@@ -261,7 +261,7 @@ def test_programs_that_no_sandbox_runs_any_more_have_no_reward(
     else:
         assert code == 1, output + programs.logs()
         assert status.failure is not None and status.failure.reason == "RewardFunctionFailed"
-        assert "could score any of 4 completions. Programs could not be run: no sandbox ran it in" in output
+        assert "could score any of 4 completions. Programs of code could not be run: no sandbox ran it in" in output
         assert f"the last time {sandbox.url}" in output
         assert unscored(programs) == [0.0]
 

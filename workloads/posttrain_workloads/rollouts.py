@@ -149,6 +149,6 @@ class RolloutCallback(TrainerCallback):  # type: ignore[misc]
 
 def _say_nothing_is_rewarded(completions: int, rewards: Sequence[WatchedReward]) -> str:
     names = ", ".join(reward.name for reward in rewards)
-    known = [why for reward in rewards if (why := reward.why_unscored())]
-    why = f". {known[-1]}" if known else ", and none raised an error: each of them returned None"
+    known = ". ".join(why for reward in rewards if (why := reward.why_unscored()))
+    why = f". {known}" if known else ", and none raised an error: each of them returned None"
     return f"no reward ({names}) could score any of {completions} completions{why}"

@@ -20,7 +20,7 @@ from posttrain.contract.config import TrainingConfig
 from posttrain_workloads import rewards
 from posttrain_workloads.owncode import load_entry_point
 from posttrain_workloads.problems import Findings, InvalidInputs, last_lines
-from posttrain_workloads.rewards.execution import PistonSandbox
+from posttrain_workloads.rewards.execution import Execution, ExecutionError, PistonSandbox, Program, Sandbox
 from posttrain_workloads.rewards.rented import RentedSandbox, open_machine
 from posttrain_workloads.runtime import RankFailure
 
@@ -36,6 +36,28 @@ _MIB = 1 << 20
 
 
 @dataclass
+class WatchedSandbox:
+    """The sandbox of one reward, which keeps what its programs could not be run for; the machines are shared."""
+
+    sandbox: Sandbox
+    last_failure: str = ""
+    """Of the newest program that could not be run, in words."""
+
+    @property
+    def parallel(self) -> int:
+        """As in `Sandbox`."""
+        return self.sandbox.parallel
+
+    def run(self, program: Program) -> Execution:
+        """Return what the program did. Errors as in `Sandbox`."""
+        try:
+            return self.sandbox.run(program)
+        except ExecutionError as error:
+            self.last_failure = str(error)
+            raise
+
+
+@dataclass
 class WatchedReward:
     """A reward whose errors are told with the row and completion that they come from, and counted.
 
@@ -45,10 +67,10 @@ class WatchedReward:
     name: str
     """As the metrics have it."""
     score: Score
-    sandbox: PistonSandbox | RentedSandbox | None = None
+    sandbox: WatchedSandbox | None = None
     """Where it runs programs, if it runs any."""
     last_error: str = ""
-    """The newest error, in words."""
+    """The newest error of the newest call, in words."""
     loop: asyncio.AbstractEventLoop | None = None
     """In which a reward that is `async def` runs."""
 
@@ -65,6 +87,9 @@ class WatchedReward:
         Raises:
             RankFailure: it returns more or fewer numbers than there are completions.
         """
+        self.last_error = ""
+        if self.sandbox is not None:
+            self.sandbox.last_failure = ""
         lists: dict[str, Any] = {"prompts": prompts, "completions": completions}
         passed_on: dict[str, Any] = {"log_metric": log_metric}
         for key, value in columns.items():
@@ -81,9 +106,9 @@ class WatchedReward:
         return scores
 
     def why_unscored(self) -> str:
-        """Return in words what keeps it from scoring, as far as is known."""
+        """Return in words what kept it from scoring in the newest call, as far as is known."""
         failure = self.sandbox.last_failure if self.sandbox is not None else ""
-        return self.last_error or (failure and f"Programs could not be run: {failure}")
+        return self.last_error or (failure and f"Programs of {self.name} could not be run: {failure}")
 
     def for_trainer(self) -> Callable[..., Any]:
         """Return what TRL calls: for an `async def` a coroutine function, which it awaits together with the others."""
@@ -170,11 +195,12 @@ def build_rewards(config: TrainingConfig, *, environ: Mapping[str, str]) -> list
     """
     assert config.spec.grpo is not None
     findings = Findings()
-    sandbox = open_sandbox(config, environ=environ)
+    shared = open_sandbox(config, environ=environ)
     built: list[WatchedReward] = []
     for index, reward in enumerate(config.spec.grpo.rewards):
         with findings.collect():
             name = _unused(_name(reward), [other.name for other in built])
+            sandbox = WatchedSandbox(shared) if shared is not None else None
             score = _build(reward, sandbox=sandbox, path=f"spec.grpo.rewards[{index}]")
             built.append(WatchedReward(name, score, sandbox=sandbox))
     if findings.problems:
@@ -199,7 +225,7 @@ def open_sandbox(config: TrainingConfig, *, environ: Mapping[str, str]) -> Pisto
     )
 
 
-def _build(reward: Reward, *, sandbox: PistonSandbox | RentedSandbox | None, path: str) -> Score:
+def _build(reward: Reward, *, sandbox: Sandbox | None, path: str) -> Score:
     if reward.name is not None:
         score: Score = rewards.build(reward.name, sandbox=sandbox, **reward.params)
         return score

@@ -75,11 +75,6 @@ class Sandbox(Protocol):
         """How many programs it takes at the same time."""
         ...
 
-    @property
-    def last_failure(self) -> str:
-        """Why the newest program could not be run; empty: it was."""
-        ...
-
     def run(self, program: Program) -> Execution:
         """Return what the program did.
 
@@ -112,8 +107,6 @@ class PistonSandbox:
     """The most that the endpoints give a program: one that may have more gets this; None: every program's own."""
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], None] = time.sleep
-    last_failure: str = field(init=False, default="")
-    """As in `Sandbox`."""
     _endpoints: list[_Endpoint] = field(init=False)
     _changed: threading.Condition = field(init=False, default_factory=threading.Condition)
     _hopeless_until: float = field(init=False, default=0.0)
@@ -150,15 +143,13 @@ class PistonSandbox:
                     continue
             endpoint.rests_until = 0.0
             if status == 200:
-                self._hopeless_until, self.last_failure = 0.0, ""
+                self._hopeless_until = 0.0
                 return parse_answer(answer, url=endpoint.url)
             failure = f"{endpoint.url}: status {status}: {_message(answer)}"
             if status not in _BUSY:
-                self.last_failure = failure
                 raise ExecutionError(failure)
         self._hopeless_until = self.clock() + _REST_SECONDS
-        self.last_failure = f"no sandbox ran it in {attempts} attempts; the last time {failure}"
-        raise ExecutionError(self.last_failure)
+        raise ExecutionError(f"no sandbox ran it in {attempts} attempts; the last time {failure}")
 
     def languages(self, *, seconds: float = 10.0) -> dict[str, frozenset[str]]:
         """Return by endpoint the languages that it has, with their aliases.

@@ -64,8 +64,6 @@ class RentedSandbox:
     max_memory_bytes: int
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], None] = time.sleep
-    last_failure: str = field(init=False, default="")
-    """As in `Sandbox`."""
     _idle: list[_Lent] = field(init=False, default_factory=list)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
     _turns: threading.BoundedSemaphore = field(init=False)
@@ -127,13 +125,12 @@ class RentedSandbox:
                     if lent is not None:
                         self._give_back(lent)
                     continue
-                self._hopeless_until, self.last_failure = 0.0, ""
+                self._hopeless_until = 0.0
                 with self._lock:
                     self._idle.append(lent)
                 return answer
         self._hopeless_until = self.clock() + _REST_SECONDS
-        self.last_failure = f"no machine of {self.name} ran it in {attempts} attempts; the last time {failure}"
-        raise ExecutionError(self.last_failure)
+        raise ExecutionError(f"no machine of {self.name} ran it in {attempts} attempts; the last time {failure}")
 
     def _take(self) -> _Lent:
         """Return a machine: one that has time left, or a new one."""

@@ -19,15 +19,17 @@ from types import FrameType
 from posttrain.local.container import ProcessId
 from posttrain.local.shim import start_ticks
 from tests.cluster.cluster import TestCluster
-from tests.cluster.components import KUBERNETES, PARTS, ROOT, program, why_not
+from tests.cluster.components import HELM, KUBERNETES, PARTS, ROOT, program, why_not
 from tests.cluster.control_plane import NODE_NAME
 from tests.cluster.errors import ClusterError
 from tests.cluster.processes import end_leftovers, poll
 from tests.cluster.requirements import missing_packages
+from tests.support.release import NAMESPACE, add_storage, load_images, start_node, write_values
 
 _FAKE_NODES = 4
 _STOP_SECONDS = 120.0
 _UP = "up"
+_QUICKSTART = ROOT / "examples" / "quickstart"
 
 
 class Place:
@@ -39,6 +41,7 @@ class Place:
         self.kubeconfig = folder / "kubeconfig"
         self.log = folder / "cluster.log"
         self.record = folder / "cluster.json"
+        self.values = folder / "values.yaml"
 
     def running(self) -> ProcessId | None:
         """Return the process that has the cluster, if it is alive."""
@@ -54,8 +57,13 @@ def up(options: argparse.Namespace) -> int:
     place = Place(options.folder)
     if place.running() is None:
         place.folder.mkdir(parents=True, exist_ok=True)
-        shape = options.shape or _best_shape()
-        arguments = ["serve", "--folder", str(place.folder), "--shape", shape, *(["--kueue"] if options.kueue else [])]
+        shape = "node" if options.quickstart else options.shape or _best_shape()
+        if options.quickstart:
+            if reason := why_not("node"):
+                raise ClusterError(f"the quickstart needs a real node: {reason}")
+            subprocess.run([sys.executable, _QUICKSTART / "make_inputs.py"], check=True)
+        arguments = ["serve", "--folder", str(place.folder), "--shape", shape]
+        arguments += [f"--{name}" for name in ("kueue", "quickstart") if getattr(options, name)]
         with place.log.open("wb") as log:
             serving = subprocess.Popen(
                 [sys.executable, "-m", "tests.cluster", *arguments],
@@ -75,11 +83,20 @@ def up(options: argparse.Namespace) -> int:
             f"    {_FAKE_NODES} played nodes with 8 GPUs each"
             + (f", and the real {NODE_NAME}" if shape == "node" else "")
         )
+    elif options.quickstart and not place.values.exists():
+        raise ClusterError(f"the cluster below {place.cluster} runs without the quickstart: `make cluster-down` first")
     else:
         print(f"the cluster below {place.cluster} runs already")
     print("use it:")
     print(f"    export KUBECONFIG={place.kubeconfig}")
-    print(f"    {program(KUBERNETES, 'kubectl')} get nodes")
+    if not place.values.exists():
+        print(f"    {program(KUBERNETES, 'kubectl')} get nodes")
+    else:
+        chart = f"posttrain charts/posttrain --namespace {NAMESPACE} --create-namespace --values {place.values}"
+        print(f"    export PATH={program(KUBERNETES, 'kubectl').parent}:{program(HELM, 'helm').parent}:$PATH")
+        print(f"    helm install {chart}")
+        print(f"    kubectl apply --filename {_QUICKSTART.relative_to(ROOT) / 'cluster.yaml'}")
+        print("    kubectl get trun --watch")
     print("stop it with `make cluster-down`")
     return 0
 
@@ -90,8 +107,10 @@ def serve(options: argparse.Namespace) -> int:
     place = Place(options.folder)
     place.record.write_text(json.dumps([os.getpid(), start_ticks(os.getpid())]))
     try:
-        with TestCluster.start(place.cluster, node=options.shape == "node", kueue=options.kueue) as cluster:
+        with _start(place.cluster, options) as cluster:
             cluster.add_fake_nodes(_FAKE_NODES)
+            if options.quickstart:
+                _bring_quickstart(cluster, values=place.values)
             place.kubeconfig.unlink(missing_ok=True)
             place.kubeconfig.symlink_to(cluster.kubeconfig)
             print(_UP, flush=True)
@@ -101,7 +120,23 @@ def serve(options: argparse.Namespace) -> int:
         return 1
     finally:
         place.record.unlink()
+        place.values.unlink(missing_ok=True)
     return 0
+
+
+def _start(folder: Path, options: argparse.Namespace) -> TestCluster:
+    if options.quickstart:
+        return start_node(folder, kueue=options.kueue)
+    return TestCluster.start(folder, node=options.shape == "node", kueue=options.kueue)
+
+
+def _bring_quickstart(cluster: TestCluster, *, values: Path) -> None:
+    """Give the real node posttrain's images, and the namespace `default` the claims of the quickstart in a cluster."""
+    inputs = _QUICKSTART / "inputs"
+    add_storage(cluster, "default", "inputs", copies={path.name: path for path in inputs.glob("[!.]*")})
+    add_storage(cluster, "default", "models")
+    load_images(cluster)
+    write_values(values)
 
 
 def _leave(number: int, _: FrameType | None) -> None:
@@ -150,7 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / ".dev", help="where it lies; default: %(default)s")
     parser.add_argument("--shape", choices=("fake", "node"), help="with a real node or without; default: if one can be")
     parser.add_argument("--kueue", action="store_true", help="with Kueue in it, and no queue")
+    parser.add_argument(
+        "--quickstart", action="store_true", help="the real node has posttrain's images and the quickstart's claims"
+    )
     args = parser.parse_args(argv)
+    if args.quickstart and args.shape == "fake":
+        parser.error("--quickstart trains in pods, which played nodes do not run: leave out --shape fake")
     args.folder = args.folder.absolute()
     try:
         return commands[args.command](args)

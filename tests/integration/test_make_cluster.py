@@ -19,9 +19,13 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 
 
-def run(*args: str | Path) -> str:
+def call(*args: str | Path) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "tests.cluster", *map(str, args)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def run(*args: str | Path) -> str:
+    done = call(*args)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -36,6 +40,9 @@ def test_a_cluster_is_started_once_and_stopped(tmp_path: Path) -> None:
     assert owner is not None
     pids = [owner.pid, *descendants(owner.pid)]
     assert "runs already" in run("up", "--shape", "fake", *here)
+    without = call("up", "--quickstart", *here)
+    assert (without.returncode, without.stdout) == (1, "")
+    assert "runs without the quickstart: `make cluster-down` first" in without.stderr
     get_nodes = [program(KUBERNETES, "kubectl"), "--kubeconfig", place.kubeconfig, "get", "nodes", "--output", "name"]
     nodes = subprocess.run(get_nodes, capture_output=True, text=True, check=True).stdout.split()
     assert nodes == [f"node/fake-{number}" for number in range(4)]

@@ -37,11 +37,27 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-def start_node(folder: Path) -> TestCluster:
+def start_node(folder: Path, *, kueue: bool = False) -> TestCluster:
     """Start a cluster whose real node has the trainer's libraries."""
     python = ensure_environment("trainer", cache=cache_root(), report=print)
     libraries = next(python.parents[1].glob("lib/python3.*/site-packages"))
-    return TestCluster.start(folder, node=True, container_mounts={libraries: TRAINER_LIBRARIES})
+    return TestCluster.start(folder, node=True, kueue=kueue, container_mounts={libraries: TRAINER_LIBRARIES})
+
+
+def load_images(cluster: TestCluster) -> None:
+    """Give the real node the images of operator and trainer."""
+    for archive in (build_trainer_image(), build_operator_image()):
+        cluster.node.load_image(archive)
+
+
+def write_values(file: Path, *, tag: str = "1", **settings: Any) -> None:
+    """Write the chart's values for the images that a node was given, and these settings."""
+    values = {
+        "image": {"repository": OPERATOR_REPOSITORY, "tag": tag, "pullPolicy": "Never"},
+        "replicas": 1,
+        "settings": {**_SETTINGS, **settings},
+    }
+    file.write_text(yaml.safe_dump(values))
 
 
 class Release:
@@ -53,21 +69,15 @@ class Release:
     @classmethod
     def install(cls, cluster: TestCluster) -> Release:
         """Install it on a real node, its operator a pod of its own image."""
-        for archive in (build_trainer_image(), build_operator_image()):
-            cluster.node.load_image(archive)
+        load_images(cluster)
         release = cls(cluster)
         release.upgrade()
         return release
 
     def upgrade(self, *, tag: str = "1", **settings: Any) -> None:
         """Install the chart or upgrade to these values, and wait until the operator is ready."""
-        values = {
-            "image": {"repository": OPERATOR_REPOSITORY, "tag": tag, "pullPolicy": "Never"},
-            "replicas": 1,
-            "settings": {**_SETTINGS, **settings},
-        }
         file = self.cluster.folder / "release.yaml"
-        file.write_text(yaml.safe_dump(values))
+        write_values(file, tag=tag, **settings)
         helm(
             *("upgrade", "posttrain", CHART, "--install", "--create-namespace", "--namespace", NAMESPACE),
             *("--kubeconfig", self.cluster.kubeconfig, "--values", file),

@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
+from posttrain.api.grpo_checks import count_groups
+from posttrain.contract.config import TrainingConfig
+from posttrain.files import check_run, read_documents
+from posttrain.plan.training_run import preview_training_run
+from posttrain.settings import Settings
+from tests.support.builders import T0
 from tests.workloads._configs import build_grpo_config
-from tests.workloads._prepare_configs import run_cases, write_jsonl
+from tests.workloads._prepare_configs import ROOT, run_cases, write_jsonl
 
 pytestmark = pytest.mark.workloads
 
@@ -51,6 +57,18 @@ OWN_CODE = {
         "    def __init__(self):\n        raise OSError('no board')\n"
     ),
 }
+
+
+def planned_config(file: Path) -> TrainingConfig:
+    """Return what the ranks of an example's run are told."""
+    (document,) = read_documents(file)
+    run = check_run(document, data=document.data)
+    objects = preview_training_run(run, now=T0, settings=Settings())
+    texts = [manifest["data"]["config.json"] for manifest in objects if "config.json" in manifest.get("data", {})]
+    return TrainingConfig.from_json(texts[-1])
+
+
+RECIPES = {file.stem: planned_config(file) for file in sorted((ROOT / "examples" / "open-r1").glob("*.yaml"))}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +145,19 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         case("cispo with a bound", args={"loss_type": "cispo", "epsilon_high": 5.0}),
         case("reference", args={"beta": 0.1}, model_fields={"config": {"rope_theta": 5.0}}),
     ]  # fmt: skip
+    cases += [{"name": name, "what": "args", "config": config} for name, config in RECIPES.items()]
     return run_cases(cases, python=trainer_python, folder=folder)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_arguments_of_a_recipe_are_taken_for_the_ranks_that_it_asks_for(found: dict[str, Any], name: str) -> None:
+    """TRL counts ranks by the processes that there are, and prepare is one."""
+    assert found[name]["problems"] == []
+    config = RECIPES[name]
+    if config.method == "grpo":
+        groups = count_groups(config.args, world_size=config.gang.world_size)
+        assert groups is not None
+        assert found[name]["effective_args"]["generation_batch_size"] == groups.of_all
 
 
 def test_good_inputs_give_no_problem_and_a_forecast(found: dict[str, Any]) -> None:

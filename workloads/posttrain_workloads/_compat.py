@@ -215,6 +215,16 @@ def name_args(values: Mapping[str, Any], args_class: Any) -> dict[str, Any]:
     return {key if key in known else _FORMER_NAMES.get(key, key): value for key, value in values.items()}
 
 
+def plan_ranks(args_class: Any, ranks: int) -> Any:
+    """Return TRL's class of arguments as it checks and fills them in where there are so many ranks.
+
+    TRL 1.16's GRPOConfig multiplies by `world_size`, which transformers' TrainingArguments counts in the process that
+    builds it (grpo_config.py, `__post_init__`): a process that is no rank would check groups of completions by 1. Goes
+    when the number can be given.
+    """
+    return type(args_class.__name__, (args_class,), {"world_size": ranks})
+
+
 def recomputes_activations(args: Any) -> bool:
     """Return whether a backward pass recomputes activations, by whichever name (see `name_args`)."""
     values = vars(args)

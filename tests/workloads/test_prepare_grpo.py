@@ -59,6 +59,26 @@ OWN_CODE = {
 }
 
 
+def contest_row(number: int) -> dict[str, Any]:
+    """Return a row that reads both as a problem of Codeforces and as one of the IOI; every second one is incomplete."""
+    return {
+        "problem": "Add them up.",
+        "language": "python",
+        "official_tests": [{"input": "1 2", "output": "3"}],
+        "official_tests_complete": number % 2 == 0,
+        "generated_tests": 5,
+        "time_limit": 1.0,
+        "memory_limit": 256.0,
+        "input_mode": "stdio",
+        "id": "plants",
+        "contest_id": "1",
+        "test_names": ["1"],
+        "test_cases": [{"test_name": "1", "test_input": "1 2", "test_output": "3"}],
+        "grader_files": [["graders/manager.cpp", "int main() {}"]],
+        "score_precision": 2,
+    }
+
+
 def planned_config(file: Path) -> TrainingConfig:
     """Return what the ranks of an example's run are told."""
     (document,) = read_documents(file)
@@ -91,7 +111,7 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         given = list(rewards) or [{"name": "accuracy"}]
         config = build_grpo_config(model=tiny_model, rows=rows, rewards=given, **more)
         sandbox = config.spec.used_sandbox
-        urls = ",".join(sandbox.endpoints or ()) if sandbox is not None else ""
+        urls = ",".join(sandbox.endpoints or ["http://127.0.0.1:9"]) if sandbox is not None else ""
         environ = {"environ": {"POSTTRAIN_SANDBOX_URLS": urls, "POSTTRAIN_SANDBOX_KEY": "e2b_x", **SERVICES}}
         return {"name": name, "config": config, "code": str(folder / "code"), **environ}
 
@@ -141,6 +161,12 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
             )
         ),
         case("together", grpo={"rolloutFunction": "rollouts:Game"}, ranks=2, parallelism={"strategy": "ZeRO3"}),
+        case("contests", {"name": "cf_code"}, {"name": "ioi_code"}, rows=write_jsonl(
+            folder / "contests.jsonl", [contest_row(number) for number in range(4)]
+        )),
+        case("contests with tests", {"name": "cf_code"}, rows=folder / "contests.jsonl", podOverrides={
+            "env": [{"name": "CF_TESTS_FOLDER", "value": "/tests"}]
+        }),
         case("cispo", args={"loss_type": "cispo"}),
         case("cispo with a bound", args={"loss_type": "cispo", "epsilon_high": 5.0}),
         case("reference", args={"beta": 0.1}, model_fields={"config": {"rope_theta": 5.0}}),
@@ -243,6 +269,18 @@ def test_what_a_rollout_function_may_add_is_not_missed_but_told(found: dict[str,
 
 def test_an_async_reward_is_tried_like_any_other(found: dict[str, Any]) -> None:
     assert len(found["async"]["problems"]) == 1
+
+
+def test_problems_of_contests_that_have_no_score_are_found_before_anybody_solves_them(found: dict[str, Any]) -> None:
+    (problem,) = found["contests"]["problems"]
+    assert problem.startswith("DatasetRowsInvalid: spec.grpo.rewards[1]: reward ioi_code has no score for 4 of the fir")
+    assert "plants has a manager, which talks with the solution" in problem
+    (warning,) = found["contests"]["warnings"]
+    assert warning.startswith("spec.grpo.rewards[0]: reward cf_code has no score for 2 of the first 4 rows. The first")
+    assert warning.endswith("name the folder that holds them in $CF_TESTS_FOLDER")
+
+    with_tests = found["contests with tests"]
+    assert (with_tests["problems"], with_tests["warnings"]) == ([], [])
 
 
 def test_cispo_without_its_own_bound_is_a_warning(found: dict[str, Any]) -> None:

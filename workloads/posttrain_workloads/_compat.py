@@ -84,18 +84,20 @@ def save_rollout(trainer: Any, folder: Path, *, rank: int) -> None:
     torch.save(state, folder / f"rollout_{rank}.pt")
 
 
-def restore_rollout(trainer: Any, folder: Path, *, rank: int) -> None:
-    """Put back what `save_rollout` kept, if the gang has as many ranks as it had then."""
+def restore_rollout(trainer: Any, folder: Path, *, rank: int) -> bool:
+    """Put back what `save_rollout` kept; return False if that was a rollout of a gang with more ranks, or fewer."""
     import torch
     from accelerate.utils import send_to_device
 
     file = folder / f"rollout_{rank}.pt"
     if not file.exists():
-        return
+        return True
     state = torch.load(file, map_location="cpu", weights_only=True)
-    if state["world_size"] == trainer.args.world_size:
-        trainer._step = state["step"]
-        trainer._buffered_inputs = send_to_device(state["batches"], trainer.args.device)
+    if state["world_size"] != trainer.args.world_size:
+        return state["batches"] is None
+    trainer._step = state["step"]
+    trainer._buffered_inputs = send_to_device(state["batches"], trainer.args.device)
+    return True
 
 
 def add_metric(trainer: Any, name: str, value: float) -> None:

@@ -22,7 +22,19 @@ from posttrain.control.authority import Authority, ForeignAuthority
 from posttrain.control.cache import Cache, RunKey
 from posttrain.control.drift import has_drifted
 from posttrain.control.events import build_event
-from posttrain.control.kinds import CONFIG_MAP, EVENT, POD, PYTORCHJOB, SECRET, TRAINING_RUN, WORKLOAD
+from posttrain.control.kinds import (
+    CONFIG_MAP,
+    DEPLOYMENT,
+    EVENT,
+    JOB,
+    POD,
+    PYTORCHJOB,
+    SECRET,
+    STATEFUL_SET,
+    TRAINING_RUN,
+    WORKLOAD,
+    Kind,
+)
 from posttrain.control.observe import Belongings, is_of_run, sort_belongings
 from posttrain.control.port import (
     MANAGER,
@@ -57,6 +69,8 @@ _FLAVOR_SECONDS = 5.0
 _PREDECESSOR_SECONDS = 2.0
 _PATIENCE = timedelta(seconds=30)
 """How long a job or a StatefulSet may take to make its pods before its events are asked why."""
+
+_MAKES_PODS = frozenset({DEPLOYMENT, JOB, PYTORCHJOB, STATEFUL_SET})
 
 log = structlog.get_logger(__name__)
 
@@ -211,6 +225,9 @@ class Reconciler:
             await self._bring_authority(run, obstacles)
         for wanted in plan.objects:
             observed = belongings.objects.get(ObjectRef.of(wanted))
+            if observed is None and len(obstacles) > known and _kind_of(wanted) in _MAKES_PODS:
+                # Its pods would run with another's configuration, or without what was refused.
+                continue
             if observed is None:
                 await self._create(wanted, run, obstacles)
                 made = True
@@ -251,8 +268,8 @@ class Reconciler:
         """Create a child. By POST, so that an object of its name that somebody made a moment ago is never touched."""
         ref = ObjectRef.of(wanted)
         # Nobody else's bears a Secret's name, and the operator may not look at one.
-        unseen = (ref.api_version, ref.kind) == SECRET
-        if (ref.api_version, ref.kind) == PYTORCHJOB:
+        unseen = _kind_of(wanted) == SECRET
+        if _kind_of(wanted) == PYTORCHJOB:
             await self._require_no_gang(run)
         try:
             made = await self._cluster.create(wanted)
@@ -445,6 +462,10 @@ def _reference_seconds(run: TrainingRun, plan: Plan, belongings: Belongings) -> 
         return _FLAVOR_SECONDS
     code_is_lost = not plan.objects and run.spec.code is not None and _code_ref(run) not in belongings.objects
     return _REFERENCE_SECONDS if code_is_lost or reasons & {"ReferencePending", "KueueMissing"} else None
+
+
+def _kind_of(manifest: Manifest) -> Kind:
+    return manifest["apiVersion"], manifest["kind"]
 
 
 def _name(run: TrainingRun) -> str:

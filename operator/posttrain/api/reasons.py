@@ -285,9 +285,9 @@ _CATALOGUE = (
     ),
     Reason(
         name="PendingDeadlineExceeded",
-        message="The gang waited longer than spec.pendingDeadlineSeconds for its quota, its sandbox and rollout "
-        "servers, and its pods.",
-        advice="Ask for less, or raise the deadline.",
+        message="Prepare waited longer than spec.pendingDeadlineSeconds for its pod, or the gang for its quota, its "
+        "sandbox and rollout servers, and its pods.",
+        advice="Mend what the message names, ask for less, or raise the deadline.",
     ),
     Reason(
         name="RestartBudgetSpent",

@@ -51,7 +51,8 @@ from posttrain.control.wakes import MADE_SECONDS
 from posttrain.errors import InvalidResource, Problem
 from posttrain.plan import labels, names
 from posttrain.plan.kueue import parse_workload, workload_ref
-from posttrain.plan.manifests import is_live, is_of_attempt, parse_time, pods_of_role
+from posttrain.plan.manifests import is_live, is_of_attempt, parse_time, pod_phase, pods_of_role
+from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref, parse_job_state
 from posttrain.plan.references import has_ended
 from posttrain.plan.rollout_servers import servers_ref
@@ -422,8 +423,12 @@ def _look_again(
 
 
 def _maker_without_pods(run: TrainingRun, belongings: Belongings) -> Manifest | None:
-    """Return the job of the current attempt, else the rollout servers, where not all of their pods are there."""
+    """Return prepare's job, the current attempt's, or the rollout servers, where not all of its pods are there."""
     attempt = run.status.attempt or 0
+    prepare = belongings.objects.get(prepare_ref(run.metadata.name)) if not attempt else None
+    if prepare is not None:
+        alive = (pod for pod in pods_of_role(belongings.pods, labels.ROLE_PREPARE) if pod_phase(pod) != "Failed")
+        return prepare if parse_prepare_state(prepare).phase == "Pending" and not any(alive) else None
     job = belongings.objects.get(job_ref(run.metadata.name, attempt=attempt))
     pods = sum(1 for pod in belongings.pods if is_of_attempt(pod, attempt))
     if job is not None and pods < run.spec.resources.num_nodes and parse_job_state(job).phase == "Pending":

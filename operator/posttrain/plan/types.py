@@ -81,7 +81,7 @@ class Observed:
     referrers: tuple[str, ...] = ()
     """Names of the runs that have not ended and refer to this one."""
     creation_events: tuple[Manifest, ...] = ()
-    """Events (core/v1) about what has not made all of its pods: the current attempt's job, or the rollout servers."""
+    """Events (core/v1) about what has not made all its pods: prepare's job, the attempt's, or the rollout servers."""
     server_key: str = ""
     """A new random key, for rollout servers that are made now."""
     kueue: bool = False

@@ -14,7 +14,7 @@ import pytest
 from posttrain.api.reasons import REASONS
 from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, SignalLost, Started
 from posttrain.contract.result import Result
-from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, PYTORCHJOB, WORKLOAD
+from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, PYTORCHJOB, TRAINING_RUN, WORKLOAD
 from posttrain.control.port import Rejected
 from posttrain.settings import Settings
 from tests.support.bench import Bench
@@ -177,6 +177,14 @@ def name_taken(bench: Bench) -> None:
     bench.submit()
     metadata = {"name": "demo", "namespace": "team"}
     bench.cluster.put({"apiVersion": CLAIM[0], "kind": CLAIM[1], "metadata": metadata, "spec": {}})
+
+
+def predecessor_ends(bench: Bench) -> None:
+    trains(bench)
+    bench.wait(60)
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.wait(1)
+    bench.submit()
 
 
 def child_refused(bench: Bench) -> None:
@@ -409,6 +417,7 @@ CASES: list[tuple[str, Happens]] = [
     ("InvalidSpec", pending),
     ("SpecChanged", spec_changed),
     ("NameConflict", name_taken),
+    ("PredecessorEnding", predecessor_ends),
     ("ChildRejected", child_refused),
     ("ReferencePending", code_is_missing),
     ("ReferenceFailed", other_run_fails),

@@ -860,13 +860,89 @@ def test_what_the_predecessor_of_the_same_name_left_is_waited_for() -> None:
     bench.wait(1)
     bench.submit()
     bench.port.clear()
-    assert bench.look() == 2
-    assert bench.port.calls == [], "the old pod still writes to the storage"
+    bench.settle()
+    assert bench.port.writes() == ["apply_status TrainingRun demo"], "the old pod still writes to the storage"
     assert child(bench, POD, "demo-a1-master-0")["metadata"]["uid"] == pod["metadata"]["uid"]
+    assert [condition.type for condition in bench.status.conditions or ()] == list(TRAINING_RUN_CONDITIONS)
+    for type_ in ("Accepted", "Succeeded", "Finished"):
+        assert bench.says(type_) == ("False", "PredecessorEnding")
+    assert bench.says("Stalled") == ("False", "PredecessorEnding")
+    waited = "waiting for Pod demo-a1-master-0, which an earlier run of this name left"
+    assert bench.condition("Accepted").message == waited
+
+    bench.rung.clear()
+    bench.others.finish_deletions()
+    bench.see()
+    assert RUN in bench.rung, "nobody has to ask again and again whether it is gone"
+    run_gang(bench)
+    assert bench.status.attempt == 1
+
+
+def test_a_pod_of_the_predecessor_that_never_goes_is_told_of_once_and_then_what_a_person_can_do() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.wait(60)
+    bench.others.delete(TRAINING_RUN, "demo")  # the pod's node is dead: it is being deleted for ever
+    bench.wait(1)
+    told = len(bench.events())
+    bench.submit()
+    assert bench.settle() == 119
+    first = bench.run["metadata"]["resourceVersion"]
+    bench.wait(60)
+    assert bench.settle() == 59
+    assert bench.run["metadata"]["resourceVersion"] == first
+
+    bench.wait(60)
+    assert bench.settle() is None
+    assert bench.says("Stalled") == ("True", "PredecessorEnding")
+    assert bench.condition("Accepted").message == (
+        "waiting for Pod demo-a1-master-0, which an earlier run of this name left: it was deleted, and node node-0 "
+        "does not say that it has ended. A pod of this run would bear its name. When that node is surely off, delete "
+        "its Node object, or the pod by: kubectl delete pod demo-a1-master-0 -n team --force"
+    )
+    bench.port.clear()
+    for _ in range(5):
+        bench.wait(86400)
+        assert bench.look() is None
+    assert bench.port.calls == []
+    assert [event.partition(":")[0] for event in bench.events()[told:]] == ["PredecessorEnding"]
 
     bench.others.finish_deletions()
     run_gang(bench)
-    assert bench.status.attempt == 1
+
+
+def test_a_pod_of_the_predecessor_whose_name_nobody_bears_again_is_given_up_with_its_silent_node() -> None:
+    bench = Bench()
+    bench.submit(prepare={"enabled": True})
+    bench.settle()
+    bench.others.make_prepare_pod()
+    bench.see()
+    bench.wait(60)
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.wait(1)
+    bench.submit(prepare={"enabled": True})
+    assert bench.settle() == 119
+    assert bench.condition("Accepted").message.startswith("waiting for Pod demo-prepare-x7k2p, which")
+    assert bench.names(JOB) == []
+    bench.wait(119)
+    bench.settle()
+
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(JOB) == ["Job demo-prepare"]
+
+
+def test_a_run_whose_spec_is_wrong_is_told_so_although_its_predecessor_is_still_there() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.wait(60)
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.wait(1)
+    bench.submit(sft={"args": {"learning_rat": 0.1}})
+    bench.settle()
+
+    assert bench.says("Accepted") == ("False", "InvalidSpec")
 
 
 def test_children_of_the_predecessor_are_not_the_new_runs() -> None:
@@ -879,8 +955,10 @@ def test_children_of_the_predecessor_are_not_the_new_runs() -> None:
     run = bench.submit()
     assert run["metadata"]["uid"] != old["metadata"]["uid"]
     bench.port.clear()
-    assert bench.look() == 2
-    assert bench.port.calls == []
+    bench.settle()
+    assert bench.port.writes() == ["apply_status TrainingRun demo"]
+    waited = "waiting for ConfigMap demo-a1, which an earlier run of this name left"
+    assert bench.condition("Accepted").message == waited
 
     gone = child(bench, CONFIG_MAP, "demo-a1")
     bench.cluster.put({**gone, "metadata": {**gone["metadata"], "finalizers": []}})

@@ -81,6 +81,12 @@ _CATALOGUE = (
         advice="Rename the run, or delete the object that is named.",
     ),
     Reason(
+        name="PredecessorEnding",
+        message="Something of an earlier run of the same name is still there.",
+        advice="Nothing at first: it goes by itself, and the run begins then. A pod on a node that is lost stays: the "
+        "message says when it is for you to delete it.",
+    ),
+    Reason(
         name="ChildRejected",
         message="The API server refuses an object that the run needs.",
         advice="Mend what the message names (a quota, a webhook's rule, a right); it is tried again by itself.",

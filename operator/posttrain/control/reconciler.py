@@ -67,7 +67,6 @@ _OBSTACLE_SECONDS = 30.0
 _REFERENCE_SECONDS = 15.0
 _FLAVOR_SECONDS = 5.0
 """A run that waits for a flavor holds its quota all the while."""
-_PREDECESSOR_SECONDS = 2.0
 _PATIENCE = timedelta(seconds=30)
 """How long a job or a StatefulSet may take to make its pods before its events are asked why."""
 
@@ -134,9 +133,6 @@ class Reconciler:
             self._obstacles.pop(run_key, None)
             return None
         belongings = sort_belongings(manifest, self._cache.children(run_key), departed=self._cache.departed(run_key))
-        if belongings.predecessors:
-            log.info("waiting for the garbage collector", run="/".join(run_key), left=str(belongings.predecessors[0]))
-            return _PREDECESSOR_SECONDS
         try:
             run = _parse(manifest)
         except InvalidResource as error:
@@ -163,6 +159,7 @@ class Reconciler:
             pods=belongings.pods,
             departed=belongings.departed,
             foreign=belongings.foreign | obstacles.foreign,
+            predecessors=belongings.predecessors,
             rejected=obstacles.rejected,
             config_maps=await self._own_code(run, belongings),
             runs=self._referenced_runs(run),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from posttrain.api.reasons import REASONS
 from posttrain.plan.children import child_refs
 from posttrain.plan.objects import code_hash
+from posttrain.plan.predecessors import explain_predecessors
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says, Verdict
 from posttrain.plan.verdicts import refuse
@@ -23,7 +24,8 @@ def spec_invalid(situation: Situation) -> Verdict | None:
 def explain_obstacle(situation: Situation) -> Says | None:
     """Return what keeps children from being made as they are wanted, whatever the run does."""
     return (
-        _explain_change(situation)
+        explain_predecessors(situation)
+        or _explain_change(situation)
         or _explain_conflict(situation)
         or _explain_refusal(situation)
         or _explain_lost_code(situation)

@@ -48,6 +48,7 @@ from posttrain.plan.endings import (
     suspend_requested,
     suspended,
 )
+from posttrain.plan.predecessors import is_stuck, predecessors_silences
 from posttrain.plan.preparation import is_needed
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload
@@ -161,7 +162,9 @@ def obstructed(situation: Situation) -> Verdict | None:
     obstacle = explain_obstacle(situation)
     if obstacle is None:
         return None
-    refusal = refuse(situation, obstacle.reason, obstacle.message)
+    stalled = obstacle.reason != "PredecessorEnding" or is_stuck(situation)
+    silences = predecessors_silences(situation)
+    refusal = replace(refuse(situation, obstacle.reason, obstacle.message), stalled=stalled, deadlines=silences)
     if situation.status.provenance is None:
         return refusal
     verdict = _find(situation, _ATTEMPT_CHECKS if situation.attempt else _PREPARE_CHECKS)
@@ -169,7 +172,8 @@ def obstructed(situation: Situation) -> Verdict | None:
         return refusal
     if verdict.commit:
         return replace(verdict, accepted=obstacle)
-    return replace(verdict, accepted=obstacle, succeeded=obstacle, stalled=True, objects=())
+    deadlines = (*verdict.deadlines, *silences)
+    return replace(verdict, accepted=obstacle, succeeded=obstacle, stalled=stalled, objects=(), deadlines=deadlines)
 
 
 def cleaning_up(situation: Situation) -> Verdict | None:

@@ -72,6 +72,8 @@ class Observed:
     """Last states of pods that the cluster took, those of lost nodes among them, as far as they were seen."""
     foreign: frozenset[ObjectRef] = frozenset()
     """Objects that bear a child's name and are not the run's."""
+    predecessors: tuple[Manifest, ...] = ()
+    """Children and pods that an earlier run of the same name has left."""
     rejected: Mapping[ObjectRef, str] = field(default_factory=dict)
     """Children that the API server refused to take, with its words."""
     config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -16,6 +16,8 @@ NO_ROOM = "0/3 nodes are available: 3 Insufficient cpu."
 NO_CLAIM = "pod has unbound immediate PersistentVolumeClaims"
 NO_IMAGE = 'Back-off pulling image "registry.example.com/trainer"'
 
+NO_SECRET = 'secret "hub" not found'
+
 Happens = Callable[[Bench], None]
 
 
@@ -32,10 +34,17 @@ def scheduler_says(message: str) -> Happens:
     return happens
 
 
-def image_cannot_be_pulled(bench: Bench) -> None:
-    waiting = {"reason": "ImagePullBackOff", "message": NO_IMAGE}
-    status = {"name": "prepare", "ready": False, "state": {"waiting": waiting}}
-    bench.others.set_pod_status(bench.others.make_prepare_pod(), containerStatuses=[status])
+def container_waits(reason: str, message: str) -> Happens:
+    def happens(bench: Bench) -> None:
+        waiting = {"reason": reason, "message": message}
+        status = {"name": "prepare", "ready": False, "state": {"waiting": waiting}}
+        bench.others.set_pod_status(bench.others.make_prepare_pod(), containerStatuses=[status])
+
+    return happens
+
+
+image_cannot_be_pulled = container_waits("ImagePullBackOff", NO_IMAGE)
+secret_is_missing = container_waits("CreateContainerConfigError", NO_SECRET)
 
 
 def job_is_refused_its_pod(bench: Bench) -> None:
@@ -46,6 +55,7 @@ def job_is_refused_its_pod(bench: Bench) -> None:
 
 POD_WAITS = [
     (image_cannot_be_pulled, "ImagePullFailed", f"pod demo-prepare-x7k2p: {NO_IMAGE}"),
+    (secret_is_missing, "ContainerNotStarted", f"pod demo-prepare-x7k2p: {NO_SECRET}"),
     (scheduler_says(NO_ROOM), "Unschedulable", f"pod demo-prepare-x7k2p: {NO_ROOM}"),
     (scheduler_says(NO_CLAIM), "VolumePending", f"pod demo-prepare-x7k2p: {NO_CLAIM}"),
     (job_is_refused_its_pod, "QuotaExceeded", f"1 of 1 pods cannot be created: {OVER_QUOTA}"),

@@ -397,6 +397,10 @@ def sandbox_has(state: dict[str, Any] | None) -> Happens:
 
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
 PULL = {"name": "pytorch", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
+CREATION = {
+    "name": "pytorch",
+    "state": {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "hub" not found'}},
+}
 
 CASES: list[tuple[str, Happens]] = [
     # On the way
@@ -439,6 +443,7 @@ CASES: list[tuple[str, Happens]] = [
     ("Unschedulable", scheduler_says("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")),
     ("VolumePending", scheduler_says("pod has unbound immediate PersistentVolumeClaims")),
     ("ImagePullFailed", pod_has(containerStatuses=[PULL])),
+    ("ContainerNotStarted", pod_has(containerStatuses=[CREATION])),
     ("QuotaExceeded", job_event('pods "demo-a1-master-0" is forbidden: exceeded quota: team, requested: cpu=2')),
     ("PodsNotCreated", job_event("admission webhook denied the request: no host network")),
     # Quota

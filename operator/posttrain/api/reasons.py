@@ -269,6 +269,12 @@ _CATALOGUE = (
         advice="Check the image's name and spec.podOverrides.imagePullSecrets.",
     ),
     Reason(
+        name="ContainerNotStarted",
+        message="A container cannot be created or started.",
+        advice="Mend what the message names, often a Secret or ConfigMap that is missing or lacks a key; the kubelet "
+        "tries again by itself.",
+    ),
+    Reason(
         name="VolumePending",
         message="A volume is not bound or cannot be mounted.",
         advice="Check the claim and its storage class.",

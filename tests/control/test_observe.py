@@ -45,14 +45,14 @@ def test_what_bears_the_label_is_sorted_by_its_controller() -> None:
         objects={ObjectRef("v1", "ConfigMap", "demo-a1"): own},
         pods=(pod,),
         foreign=frozenset({ObjectRef("v1", "ConfigMap", "demo-code"), ObjectRef("v1", "Secret", "demo")}),
-        predecessors=(ObjectRef("v1", "ConfigMap", "demo-a7"),),
+        predecessors=(older,),
     )
 
 
 def test_a_pod_that_is_older_than_the_run_is_a_predecessors() -> None:
     pod = build_trainer_pod(seconds=-1)
 
-    assert sort_belongings(RUN, [pod]) == Belongings(predecessors=(ObjectRef.of(pod),))
+    assert sort_belongings(RUN, [pod]) == Belongings(predecessors=(pod,))
 
 
 def test_a_retained_claim_is_the_runs_by_its_labels() -> None:

@@ -14,7 +14,7 @@ import pytest
 from posttrain.api.reasons import REASONS
 from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, SignalLost, Started
 from posttrain.contract.result import Result
-from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, PYTORCHJOB, WORKLOAD
+from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, PYTORCHJOB, TRAINING_RUN, WORKLOAD
 from posttrain.control.port import Rejected
 from posttrain.settings import Settings
 from tests.support.bench import Bench
@@ -177,6 +177,14 @@ def name_taken(bench: Bench) -> None:
     bench.submit()
     metadata = {"name": "demo", "namespace": "team"}
     bench.cluster.put({"apiVersion": CLAIM[0], "kind": CLAIM[1], "metadata": metadata, "spec": {}})
+
+
+def predecessor_ends(bench: Bench) -> None:
+    trains(bench)
+    bench.wait(60)
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.wait(1)
+    bench.submit()
 
 
 def child_refused(bench: Bench) -> None:
@@ -389,6 +397,10 @@ def sandbox_has(state: dict[str, Any] | None) -> Happens:
 
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
 PULL = {"name": "pytorch", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
+CREATION = {
+    "name": "pytorch",
+    "state": {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "hub" not found'}},
+}
 
 CASES: list[tuple[str, Happens]] = [
     # On the way
@@ -409,6 +421,7 @@ CASES: list[tuple[str, Happens]] = [
     ("InvalidSpec", pending),
     ("SpecChanged", spec_changed),
     ("NameConflict", name_taken),
+    ("PredecessorEnding", predecessor_ends),
     ("ChildRejected", child_refused),
     ("ReferencePending", code_is_missing),
     ("ReferenceFailed", other_run_fails),
@@ -430,6 +443,7 @@ CASES: list[tuple[str, Happens]] = [
     ("Unschedulable", scheduler_says("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")),
     ("VolumePending", scheduler_says("pod has unbound immediate PersistentVolumeClaims")),
     ("ImagePullFailed", pod_has(containerStatuses=[PULL])),
+    ("ContainerNotStarted", pod_has(containerStatuses=[CREATION])),
     ("QuotaExceeded", job_event('pods "demo-a1-master-0" is forbidden: exceeded quota: team, requested: cpu=2')),
     ("PodsNotCreated", job_event("admission webhook denied the request: no host network")),
     # Quota

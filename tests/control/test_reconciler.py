@@ -504,19 +504,143 @@ def test_an_object_that_bears_the_label_and_no_owner_stands_in_the_way_until_it_
     assert bench.says("Accepted") == ("True", "Accepted")
 
 
-def test_a_run_that_ended_meanwhile_is_complete_although_something_stands_in_its_way() -> None:
+def lose_owner(bench: Bench) -> Manifest:
+    """Take the owner from the run's NetworkPolicy: it is somebody else's from then on; return it as it stands."""
+    policy = child(bench, NETWORK_POLICY)
+    del policy["metadata"]["ownerReferences"]
+    lost = bench.cluster.put(policy)
+    bench.settle()
+    assert bench.says("Accepted") == bench.says("Succeeded") == ("False", "NameConflict")
+    return lost
+
+
+def test_a_run_that_ends_is_complete_although_something_stands_in_its_way() -> None:
     bench = Bench()
     bench.submit()
     run_gang(bench)
-    bench.others.delete(SERVICE_ACCOUNT, "demo")
-    bench.cluster.put(foreign(SERVICE_ACCOUNT))
-    bench.settle()
-    assert bench.says("Accepted") == ("False", "NameConflict")
+    lost = lose_owner(bench)
+    assert (bench.status.stage, bench.says("PodsReady")) == ("Training", ("True", "AllPodsRunning"))
     bench.others.complete_gang(1, result=COMPLETED)
-    bench.wait(31)
     bench.settle()
 
-    assert bench.says("Succeeded") == ("True", "Completed")
+    assert bench.says("Succeeded") == bench.says("Finished") == bench.says("Ready") == ("True", "Completed")
+    assert bench.says("Stalled") == ("False", "Completed")
+    assert bench.says("Accepted") == ("False", "NameConflict")
+    assert bench.status.stage == "Succeeded"
+    assert child(bench, NETWORK_POLICY) == lost
+    assert [event.partition(":")[0] for event in bench.events()] == [
+        "Accepted",
+        "AllPodsRunning",
+        "NameConflict",
+        "Completed",
+    ]
+
+
+def test_a_gang_that_fails_beside_a_conflict_is_charged_at_once_and_replaced_when_the_conflict_is_over() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    lost = lose_owner(bench)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+
+    restarts, failure = bench.status.restarts, bench.status.failure
+    assert (bench.status.attempt, restarts and restarts.infrastructure, failure and failure.reason) == (
+        2,
+        1,
+        "RankKilled",
+    )
+    assert bench.says("Accepted") == bench.says("Succeeded") == ("False", "NameConflict")
+    assert bench.names(PYTORCHJOB, CONFIG_MAP) == [], "the old gang is cleared away, and no new one is made"
+    assert child(bench, NETWORK_POLICY) == lost
+    version = bench.run["metadata"]["resourceVersion"]
+    bench.wait(31)
+    bench.settle()
+    assert bench.run["metadata"]["resourceVersion"] == version, "the status does not flap"
+
+    bench.others.delete(NETWORK_POLICY, "demo")
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a2"]
+    assert bench.status.attempt == 2
+
+
+def test_a_run_is_suspended_and_its_gang_ends_although_something_stands_in_its_way() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    lose_owner(bench)
+    bench.others.change_run(suspend=True)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+
+    assert (bench.status.stage, bench.status.attempt) == ("Suspended", 2)
+    assert bench.says("PodsReady") == ("False", "Suspended")
+    assert bench.says("Accepted") == ("False", "NameConflict")
+    assert bench.names(PYTORCHJOB) == []
+    bench.others.change_run(suspend=False)
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"activeDeadlineSeconds": 600}, "DeadlineExceeded"),
+        ({"restarts": {"progressDeadlineSeconds": 600, "maxInfrastructureRestarts": 0}}, "ProgressStalled"),
+    ],
+)
+def test_a_deadline_ends_a_run_although_something_stands_in_its_way(spec: dict[str, Any], reason: str) -> None:
+    bench = Bench()
+    bench.submit(**spec)
+    run_gang(bench)
+    lose_owner(bench)
+    bench.wait(601)
+    bench.settle()
+
+    assert bench.says("Finished") == ("True", reason)
+    assert bench.names(PYTORCHJOB) == []
+
+
+def test_a_gang_that_a_conflict_keeps_from_being_made_has_the_runs_deadline() -> None:
+    bench = Bench()
+    bench.submit(activeDeadlineSeconds=600)
+    run_gang(bench)
+    lose_owner(bench)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    assert bench.says("Finished") == ("False", "NameConflict")
+
+    bench.wait(601)
+    bench.settle()
+    assert bench.says("Finished") == ("True", "DeadlineExceeded")
+
+
+def test_what_prepare_found_ends_a_run_although_something_stands_in_its_way() -> None:
+    bench = Bench()
+    bench.submit(prepare={"enabled": True})
+    bench.settle()
+    lose_owner(bench)
+    bench.others.tell(PrepareResult(problems=("DatasetEmpty: no row is left",)), attempt=0, source="prepare")
+    bench.others.end_prepare("Failed")
+    bench.settle()
+
+    assert bench.says("Finished") == ("True", "DatasetEmpty")
+
+
+def test_a_gang_is_not_made_beside_a_configuration_that_is_somebody_elses() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.cluster.put(foreign(CONFIG_MAP, "demo-a1", data={"config.json": "{}"}))
+    bench.settle()
+
+    assert bench.says("Accepted") == ("False", "NameConflict")
+    assert bench.names(PYTORCHJOB) == []
 
 
 def refuse(kind: Kind, words: str) -> Any:
@@ -736,13 +860,89 @@ def test_what_the_predecessor_of_the_same_name_left_is_waited_for() -> None:
     bench.wait(1)
     bench.submit()
     bench.port.clear()
-    assert bench.look() == 2
-    assert bench.port.calls == [], "the old pod still writes to the storage"
+    bench.settle()
+    assert bench.port.writes() == ["apply_status TrainingRun demo"], "the old pod still writes to the storage"
     assert child(bench, POD, "demo-a1-master-0")["metadata"]["uid"] == pod["metadata"]["uid"]
+    assert [condition.type for condition in bench.status.conditions or ()] == list(TRAINING_RUN_CONDITIONS)
+    for type_ in ("Accepted", "Succeeded", "Finished"):
+        assert bench.says(type_) == ("False", "PredecessorEnding")
+    assert bench.says("Stalled") == ("False", "PredecessorEnding")
+    waited = "waiting for Pod demo-a1-master-0, which an earlier run of this name left"
+    assert bench.condition("Accepted").message == waited
+
+    bench.rung.clear()
+    bench.others.finish_deletions()
+    bench.see()
+    assert RUN in bench.rung, "nobody has to ask again and again whether it is gone"
+    run_gang(bench)
+    assert bench.status.attempt == 1
+
+
+def test_a_pod_of_the_predecessor_that_never_goes_is_told_of_once_and_then_what_a_person_can_do() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.wait(60)
+    bench.others.delete(TRAINING_RUN, "demo")  # the pod's node is dead: it is being deleted for ever
+    bench.wait(1)
+    told = len(bench.events())
+    bench.submit()
+    assert bench.settle() == 119
+    first = bench.run["metadata"]["resourceVersion"]
+    bench.wait(60)
+    assert bench.settle() == 59
+    assert bench.run["metadata"]["resourceVersion"] == first
+
+    bench.wait(60)
+    assert bench.settle() is None
+    assert bench.says("Stalled") == ("True", "PredecessorEnding")
+    assert bench.condition("Accepted").message == (
+        "waiting for Pod demo-a1-master-0, which an earlier run of this name left: it was deleted, and node node-0 "
+        "does not say that it has ended. A pod of this run would bear its name. When that node is surely off, delete "
+        "its Node object, or the pod by: kubectl delete pod demo-a1-master-0 -n team --force"
+    )
+    bench.port.clear()
+    for _ in range(5):
+        bench.wait(86400)
+        assert bench.look() is None
+    assert bench.port.calls == []
+    assert [event.partition(":")[0] for event in bench.events()[told:]] == ["PredecessorEnding"]
 
     bench.others.finish_deletions()
     run_gang(bench)
-    assert bench.status.attempt == 1
+
+
+def test_a_pod_of_the_predecessor_whose_name_nobody_bears_again_is_given_up_with_its_silent_node() -> None:
+    bench = Bench()
+    bench.submit(prepare={"enabled": True})
+    bench.settle()
+    bench.others.make_prepare_pod()
+    bench.see()
+    bench.wait(60)
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.wait(1)
+    bench.submit(prepare={"enabled": True})
+    assert bench.settle() == 119
+    assert bench.condition("Accepted").message.startswith("waiting for Pod demo-prepare-x7k2p, which")
+    assert bench.names(JOB) == []
+    bench.wait(119)
+    bench.settle()
+
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(JOB) == ["Job demo-prepare"]
+
+
+def test_a_run_whose_spec_is_wrong_is_told_so_although_its_predecessor_is_still_there() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.wait(60)
+    bench.others.delete(TRAINING_RUN, "demo")
+    bench.wait(1)
+    bench.submit(sft={"args": {"learning_rat": 0.1}})
+    bench.settle()
+
+    assert bench.says("Accepted") == ("False", "InvalidSpec")
 
 
 def test_children_of_the_predecessor_are_not_the_new_runs() -> None:
@@ -755,8 +955,10 @@ def test_children_of_the_predecessor_are_not_the_new_runs() -> None:
     run = bench.submit()
     assert run["metadata"]["uid"] != old["metadata"]["uid"]
     bench.port.clear()
-    assert bench.look() == 2
-    assert bench.port.calls == []
+    bench.settle()
+    assert bench.port.writes() == ["apply_status TrainingRun demo"]
+    waited = "waiting for ConfigMap demo-a1, which an earlier run of this name left"
+    assert bench.condition("Accepted").message == waited
 
     gone = child(bench, CONFIG_MAP, "demo-a1")
     bench.cluster.put({**gone, "metadata": {**gone["metadata"], "finalizers": []}})
@@ -922,11 +1124,28 @@ def test_code_whose_snapshot_is_gone_and_that_changed_since_is_asked_for_until_i
     bench.others.delete(CONFIG_MAP, "demo-code")
     assert bench.settle() == 15
     assert bench.says("Accepted") == ("False", "SpecChanged")
+    assert bench.status.stage == "Training"
 
     bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 1\n"}))
     bench.settle()
     assert bench.says("Accepted") == ("True", "Accepted")
     assert child(bench, CONFIG_MAP, "demo-code")["data"] == {"a.py": "x = 1\n"}
+
+
+def test_a_run_whose_code_is_lost_while_it_trains_ends_as_its_gang_does() -> None:
+    bench = Bench()
+    bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 1\n"}))
+    bench.submit(code={"configMapName": "my-code"})
+    run_gang(bench)
+    bench.others.delete(CONFIG_MAP, "my-code")
+    bench.others.delete(CONFIG_MAP, "demo-code")
+    assert bench.settle() == 15
+    assert bench.says("Accepted") == ("False", "ReferencePending")
+    assert (bench.status.stage, bench.says("PodsReady")) == ("Training", ("True", "AllPodsRunning"))
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+
+    assert bench.says("Finished") == ("True", "Completed")
 
 
 def test_a_run_with_own_code_that_ended_is_not_looked_at_any_more() -> None:
@@ -982,6 +1201,25 @@ def test_a_priority_that_is_missing_is_looked_for_now_and_then() -> None:
     bench.wait(15)
     bench.settle()
     assert child(bench, WORKLOAD)["spec"]["priority"] == 7
+
+
+def test_a_gang_that_a_conflict_keeps_from_its_quota_has_its_pending_deadline_and_is_told_why() -> None:
+    bench = Bench()
+    bench.submit(resources=QUEUE, pendingDeadlineSeconds=600)
+    bench.settle()
+    admit(bench, flavor="default")
+    bench.cluster.put(kueue_object(RESOURCE_FLAVOR, "default", spec={}))
+    by_hand = foreign(CONFIG_MAP, "demo-a1")
+    by_hand["metadata"]["labels"] = {"app.kubernetes.io/managed-by": "posttrain", "posttrain.dev/run": "demo"}
+    bench.cluster.put(by_hand)
+    bench.wait(5)
+    bench.settle()
+    assert bench.says("Succeeded") == ("False", "NameConflict")
+    bench.wait(600)
+    bench.settle()
+
+    assert bench.says("Finished") == ("True", "PendingDeadlineExceeded")
+    assert "ConfigMap demo-a1 exists and does not belong to this run" in bench.condition("Succeeded").message
 
 
 def test_a_run_that_waits_in_its_queue_waits_for_news() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from posttrain.plan.attempts import Gang
 from posttrain.plan.pods import explain_running, explain_waiting, find_refusal
 from posttrain.plan.status import Says
@@ -36,6 +38,14 @@ def event(reason: str, message: str, *, seconds: float = 0, job: str = "demo-a1"
         "lastTimestamp": rfc3339(at(seconds)),
         **fields,
     }
+
+
+def waiting(reason: str, *, node: int = 0, **fields: str) -> Manifest:
+    """Return a pod that is bound to a node, and whose container waits."""
+    pod = build_pod("demo", node=node, phase="Pending")
+    state = {"waiting": {"reason": reason, **fields}}
+    pod["status"]["containerStatuses"] = [{"name": "pytorch", "ready": False, "state": state}]
+    return pod
 
 
 def test_a_resource_quota_that_refuses_a_pod_is_named() -> None:
@@ -81,6 +91,36 @@ def test_events_of_another_attempt_or_of_success_say_nothing() -> None:
     events = [event("FailedCreatePod", OVER_QUOTA, job="demo-a2"), event("SuccessfulCreatePod", "Created pod")]
 
     assert explain_waiting(gang(), creation_events=events).reason == "PodsStarting"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("ErrImagePull", "ImagePullFailed"),
+        ("ImagePullBackOff", "ImagePullFailed"),
+        ("InvalidImageName", "ImagePullFailed"),
+        ("ErrImageNeverPull", "ImagePullFailed"),
+        ("ImageInspectError", "ImagePullFailed"),
+        ("RegistryUnavailable", "ImagePullFailed"),
+        ("SignatureValidationFailed", "ImagePullFailed"),
+        ("CreateContainerConfigError", "ContainerNotStarted"),
+        ("CreateContainerError", "ContainerNotStarted"),
+        ("PreCreateHookError", "ContainerNotStarted"),
+        ("PreStartHookError", "ContainerNotStarted"),
+        ("RunContainerError", "ContainerNotStarted"),
+    ],
+)
+def test_what_keeps_a_container_from_starting_is_told_in_the_kubelets_words(state: str, reason: str) -> None:
+    told, silent = (waiting(state, message='secret "hub" not found'), waiting(state))
+
+    assert explain_waiting(gang(told, size=1)) == Says("False", reason, 'pod demo-a1-master-0: secret "hub" not found')
+    assert explain_waiting(gang(silent, size=1)) == Says("False", reason, f"pod demo-a1-master-0: {state}")
+
+
+def test_a_container_that_is_only_being_created_is_no_obstacle() -> None:
+    pods = build_pod("demo"), waiting("ContainerCreating", node=1)
+
+    assert explain_waiting(gang(*pods)) == Says("False", "PodsStarting", "1 of 2 pods run")
 
 
 def silent(pod: Manifest) -> Manifest:

@@ -81,6 +81,12 @@ _CATALOGUE = (
         advice="Rename the run, or delete the object that is named.",
     ),
     Reason(
+        name="PredecessorEnding",
+        message="Something of an earlier run of the same name is still there.",
+        advice="Nothing at first: it goes by itself, and the run begins then. A pod on a node that is lost stays: the "
+        "message says when it is for you to delete it.",
+    ),
+    Reason(
         name="ChildRejected",
         message="The API server refuses an object that the run needs.",
         advice="Mend what the message names (a quota, a webhook's rule, a right); it is tried again by itself.",
@@ -263,6 +269,12 @@ _CATALOGUE = (
         advice="Check the image's name and spec.podOverrides.imagePullSecrets.",
     ),
     Reason(
+        name="ContainerNotStarted",
+        message="A container cannot be created or started.",
+        advice="Mend what the message names, often a Secret or ConfigMap that is missing or lacks a key; the kubelet "
+        "tries again by itself.",
+    ),
+    Reason(
         name="VolumePending",
         message="A volume is not bound or cannot be mounted.",
         advice="Check the claim and its storage class.",
@@ -285,9 +297,9 @@ _CATALOGUE = (
     ),
     Reason(
         name="PendingDeadlineExceeded",
-        message="The gang waited longer than spec.pendingDeadlineSeconds for its quota, its sandbox and rollout "
-        "servers, and its pods.",
-        advice="Ask for less, or raise the deadline.",
+        message="Prepare waited longer than spec.pendingDeadlineSeconds for its pod, or the gang for its quota, its "
+        "sandbox and rollout servers, and its pods.",
+        advice="Mend what the message names, ask for less, or raise the deadline.",
     ),
     Reason(
         name="RestartBudgetSpent",

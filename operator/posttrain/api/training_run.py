@@ -190,15 +190,17 @@ class TrainingRunSpec(ApiModel):
         default=None,
         ge=1,
         le=2**31 - 1,
-        description="Seconds from the first start of a gang after which the run fails. Default: none.",
+        description="Seconds from the first start of a gang, hence not of prepare, after which the run fails. "
+        "Default: none.",
         examples=[86400],
     )
     pending_deadline_seconds: int | None = Field(
         default=None,
         ge=1,
         le=2**31 - 1,
-        description="Seconds that a gang may wait before the run fails: for its quota, from when it is asked for it "
-        "(and again after a preemption), for its sandbox and rollout servers, and for its pods. Default: none.",
+        description="Seconds that prepare's pod, and then a gang, may wait before the run fails: a gang for its quota, "
+        "from when it is asked for it (and again after a preemption), for its sandbox and rollout servers, and for its "
+        "pods. Default: none.",
         examples=[7200],
     )
     ttl_seconds_after_finished: int | None = Field(

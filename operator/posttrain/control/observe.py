@@ -29,7 +29,7 @@ class Belongings:
     """Last states of its pods that the cluster took, or that somebody deleted."""
     foreign: frozenset[ObjectRef] = frozenset()
     """Somebody else's objects that bear the label."""
-    predecessors: tuple[ObjectRef, ...] = ()
+    predecessors: tuple[Manifest, ...] = ()
     """What an earlier run of the same name left and the garbage collector has not taken yet."""
 
 
@@ -42,13 +42,13 @@ def sort_belongings(run: Manifest, labelled: Iterable[Manifest], *, departed: It
         ref, owner = ObjectRef.of(manifest), controller_of(manifest)
         if (ref.api_version, ref.kind) == POD:
             if is_older(manifest, than=run):
-                predecessors.append(ref)
+                predecessors.append(manifest)
             else:
                 pods.append(manifest)
         elif is_of_run(manifest, uid=uid, name=run["metadata"]["name"], retains=retains_claim(run)):
             objects[ref] = manifest
         elif owner is not None and owner.get("kind") == KIND and owner.get("name") == run["metadata"]["name"]:
-            predecessors.append(ref)
+            predecessors.append(manifest)
         else:
             foreign.add(ref)
     return Belongings(
@@ -56,7 +56,7 @@ def sort_belongings(run: Manifest, labelled: Iterable[Manifest], *, departed: It
         pods=tuple(pods),
         departed=tuple(pod for pod in departed if not is_older(pod, than=run)),
         foreign=frozenset(foreign),
-        predecessors=tuple(sorted(predecessors)),
+        predecessors=tuple(predecessors),
     )
 
 

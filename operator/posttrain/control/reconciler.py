@@ -22,7 +22,19 @@ from posttrain.control.authority import Authority, ForeignAuthority
 from posttrain.control.cache import Cache, RunKey
 from posttrain.control.drift import has_drifted
 from posttrain.control.events import build_event
-from posttrain.control.kinds import CONFIG_MAP, EVENT, POD, PYTORCHJOB, SECRET, TRAINING_RUN, WORKLOAD
+from posttrain.control.kinds import (
+    CONFIG_MAP,
+    DEPLOYMENT,
+    EVENT,
+    JOB,
+    POD,
+    PYTORCHJOB,
+    SECRET,
+    STATEFUL_SET,
+    TRAINING_RUN,
+    WORKLOAD,
+    Kind,
+)
 from posttrain.control.observe import Belongings, is_of_run, sort_belongings
 from posttrain.control.port import (
     MANAGER,
@@ -39,7 +51,8 @@ from posttrain.control.wakes import MADE_SECONDS
 from posttrain.errors import InvalidResource, Problem
 from posttrain.plan import labels, names
 from posttrain.plan.kueue import parse_workload, workload_ref
-from posttrain.plan.manifests import is_live, is_of_attempt, parse_time, pods_of_role
+from posttrain.plan.manifests import is_live, is_of_attempt, parse_time, pod_phase, pods_of_role
+from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref, parse_job_state
 from posttrain.plan.references import has_ended
 from posttrain.plan.rollout_servers import servers_ref
@@ -54,9 +67,10 @@ _OBSTACLE_SECONDS = 30.0
 _REFERENCE_SECONDS = 15.0
 _FLAVOR_SECONDS = 5.0
 """A run that waits for a flavor holds its quota all the while."""
-_PREDECESSOR_SECONDS = 2.0
 _PATIENCE = timedelta(seconds=30)
 """How long a job or a StatefulSet may take to make its pods before its events are asked why."""
+
+_MAKES_PODS = frozenset({DEPLOYMENT, JOB, PYTORCHJOB, STATEFUL_SET})
 
 log = structlog.get_logger(__name__)
 
@@ -119,9 +133,6 @@ class Reconciler:
             self._obstacles.pop(run_key, None)
             return None
         belongings = sort_belongings(manifest, self._cache.children(run_key), departed=self._cache.departed(run_key))
-        if belongings.predecessors:
-            log.info("waiting for the garbage collector", run="/".join(run_key), left=str(belongings.predecessors[0]))
-            return _PREDECESSOR_SECONDS
         try:
             run = _parse(manifest)
         except InvalidResource as error:
@@ -148,6 +159,7 @@ class Reconciler:
             pods=belongings.pods,
             departed=belongings.departed,
             foreign=belongings.foreign | obstacles.foreign,
+            predecessors=belongings.predecessors,
             rejected=obstacles.rejected,
             config_maps=await self._own_code(run, belongings),
             runs=self._referenced_runs(run),
@@ -211,6 +223,9 @@ class Reconciler:
             await self._bring_authority(run, obstacles)
         for wanted in plan.objects:
             observed = belongings.objects.get(ObjectRef.of(wanted))
+            if observed is None and len(obstacles) > known and _kind_of(wanted) in _MAKES_PODS:
+                # Its pods would run with another's configuration, or without what was refused.
+                continue
             if observed is None:
                 await self._create(wanted, run, obstacles)
                 made = True
@@ -251,8 +266,8 @@ class Reconciler:
         """Create a child. By POST, so that an object of its name that somebody made a moment ago is never touched."""
         ref = ObjectRef.of(wanted)
         # Nobody else's bears a Secret's name, and the operator may not look at one.
-        unseen = (ref.api_version, ref.kind) == SECRET
-        if (ref.api_version, ref.kind) == PYTORCHJOB:
+        unseen = _kind_of(wanted) == SECRET
+        if _kind_of(wanted) == PYTORCHJOB:
             await self._require_no_gang(run)
         try:
             made = await self._cluster.create(wanted)
@@ -405,8 +420,12 @@ def _look_again(
 
 
 def _maker_without_pods(run: TrainingRun, belongings: Belongings) -> Manifest | None:
-    """Return the job of the current attempt, else the rollout servers, where not all of their pods are there."""
+    """Return prepare's job, the current attempt's, or the rollout servers, where not all of its pods are there."""
     attempt = run.status.attempt or 0
+    prepare = belongings.objects.get(prepare_ref(run.metadata.name)) if not attempt else None
+    if prepare is not None:
+        alive = (pod for pod in pods_of_role(belongings.pods, labels.ROLE_PREPARE) if pod_phase(pod) != "Failed")
+        return prepare if parse_prepare_state(prepare).phase == "Pending" and not any(alive) else None
     job = belongings.objects.get(job_ref(run.metadata.name, attempt=attempt))
     pods = sum(1 for pod in belongings.pods if is_of_attempt(pod, attempt))
     if job is not None and pods < run.spec.resources.num_nodes and parse_job_state(job).phase == "Pending":
@@ -445,6 +464,10 @@ def _reference_seconds(run: TrainingRun, plan: Plan, belongings: Belongings) -> 
         return _FLAVOR_SECONDS
     code_is_lost = not plan.objects and run.spec.code is not None and _code_ref(run) not in belongings.objects
     return _REFERENCE_SECONDS if code_is_lost or reasons & {"ReferencePending", "KueueMissing"} else None
+
+
+def _kind_of(manifest: Manifest) -> Kind:
+    return manifest["apiVersion"], manifest["kind"]
 
 
 def _name(run: TrainingRun) -> str:

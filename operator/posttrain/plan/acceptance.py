@@ -8,6 +8,7 @@ from __future__ import annotations
 from posttrain.api.reasons import REASONS
 from posttrain.plan.children import child_refs
 from posttrain.plan.objects import code_hash
+from posttrain.plan.predecessors import explain_predecessors
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says, Verdict
 from posttrain.plan.verdicts import refuse
@@ -20,20 +21,31 @@ def spec_invalid(situation: Situation) -> Verdict | None:
     return refuse(situation, "InvalidSpec", "\n".join(str(problem) for problem in situation.problems))
 
 
-def spec_changed(situation: Situation) -> Verdict | None:
+def explain_obstacle(situation: Situation) -> Says | None:
+    """Return what keeps children from being made as they are wanted, whatever the run does."""
+    return (
+        explain_predecessors(situation)
+        or _explain_change(situation)
+        or _explain_conflict(situation)
+        or _explain_refusal(situation)
+        or _explain_lost_code(situation)
+    )
+
+
+def _explain_change(situation: Situation) -> Says | None:
     """The spec is not the accepted one (what the API server cannot see, inside `args`), or the code is not."""
     accepted = situation.provenance
     if accepted.config_hash is not None and accepted.config_hash != situation.config_hash:
-        return refuse(
-            situation,
+        return Says(
+            "False",
             "SpecChanged",
             f"the spec now has the hash {situation.config_hash}, and the run was accepted with {accepted.config_hash}: "
             "change it back, or give the changed run another name",
         )
     files = situation.code
     if files is not None and accepted.code_hash is not None and accepted.code_hash != code_hash(files):
-        return refuse(
-            situation,
+        return Says(
+            "False",
             "SpecChanged",
             f"the code's snapshot is gone, and what is there now has the hash {code_hash(files)} instead of "
             f"{accepted.code_hash}: restore it, or give the run another name",
@@ -41,23 +53,30 @@ def spec_changed(situation: Situation) -> Verdict | None:
     return None
 
 
-def name_conflict(situation: Situation) -> Verdict | None:
+def _explain_conflict(situation: Situation) -> Says | None:
     """An object that is not the run's bears a child's name: it is never adopted."""
     taken = sorted(child_refs(situation) & situation.observed.foreign)
     if not taken:
         return None
     named = ", ".join(f"{ref.kind} {ref.name}" for ref in taken)
-    message = f"{named} exists and does not belong to this run: delete it, or rename the run"
-    return refuse(situation, "NameConflict", message)
+    return Says(
+        "False", "NameConflict", f"{named} exists and does not belong to this run: delete it, or rename the run"
+    )
 
 
-def child_rejected(situation: Situation) -> Verdict | None:
+def _explain_refusal(situation: Situation) -> Says | None:
     """The API server, a webhook or a quota refuses an object that the run needs."""
     rejected = situation.observed.rejected
     if not rejected:
         return None
     message = "\n".join(f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in sorted(rejected))
-    return refuse(situation, "ChildRejected", message)
+    return Says("False", "ChildRejected", message)
+
+
+def _explain_lost_code(situation: Situation) -> Says | None:
+    """The snapshot that an attempt began with is gone, and so is what it was made from."""
+    missing = code_missing(situation) if situation.attempt else None
+    return missing.accepted if missing is not None else None
 
 
 def code_missing(situation: Situation) -> Verdict | None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from posttrain.plan.manifests import is_live, silent_from
+from posttrain.plan import labels
+from posttrain.plan.manifests import is_live, last_alive, parse_time, pod_phase, pods_of_role, silent_from
+from posttrain.plan.prepare_job import prepare_ref
 from posttrain.plan.situation import Situation
 
 
@@ -26,6 +28,27 @@ def pending_deadline(situation: Situation) -> datetime | None:
     since = status.attempt_queued_time or status.attempt_created_time
     if seconds is None or since is None or status.attempt_running_time is not None:
         return None
+    return since + timedelta(seconds=seconds)
+
+
+def prepare_deadline(situation: Situation) -> datetime | None:
+    """Return when a pod of prepare must run: pendingDeadlineSeconds after its job was made, or after one last ran.
+
+    None while one runs. Of a pod that ran and is gone, what it had told itself is known, also to an operator that
+    began later.
+    """
+    seconds = situation.run.spec.pending_deadline_seconds
+    job = situation.observed.objects.get(prepare_ref(situation.name))
+    made = parse_time(job["metadata"].get("creationTimestamp")) if job is not None else None
+    pods = pods_of_role(situation.observed.pods, labels.ROLE_PREPARE)
+    runs = any(is_live(pod, now=situation.now) and pod_phase(pod) != "Pending" for pod in pods)
+    if seconds is None or made is None or runs:
+        return None
+    departed = pods_of_role(situation.observed.departed, labels.ROLE_PREPARE)
+    alive = (last_alive(pod) for pod in (*pods, *departed))
+    progress = situation.attempt_progress
+    heard = progress.last_beat_time if progress is not None else None
+    since = max(time for time in (made, heard, *alive) if time is not None)
     return since + timedelta(seconds=seconds)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from posttrain.api.reasons import REASONS
 from posttrain.api.training_run_status import ModelStatus
+from posttrain.plan.acceptance import explain_obstacle
 from posttrain.plan.attempts import NON_FINITE, completed_result, find_cause, settling_until
 from posttrain.plan.children import service_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
@@ -143,7 +144,8 @@ def pending_deadline_exceeded(situation: Situation) -> Verdict | None:
     if deadline is None or situation.now < deadline:
         return None
     seconds = situation.run.spec.pending_deadline_seconds
-    waiting = explain_gang(situation)
+    obstacle = explain_obstacle(situation) if not situation.was_created else None
+    waiting = obstacle or explain_gang(situation)
     return fail(
         situation,
         build_cause(

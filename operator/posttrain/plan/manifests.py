@@ -48,6 +48,16 @@ def deletion_requested(pod: Mapping[str, Any]) -> datetime | None:
     return deleted - timedelta(seconds=grace) if deleted is not None else None
 
 
+def last_alive(pod: Mapping[str, Any]) -> datetime | None:
+    """Return the latest moment at which a pod's containers are known to have run; None where none ever did."""
+    if pod_phase(pod) == "Pending":
+        return None
+    status = pod.get("status") or {}
+    ends = ((one.get("state") or {}).get("terminated") or {} for one in status.get("containerStatuses") or ())
+    told = (status.get("startTime"), pod["metadata"].get("deletionTimestamp"), *(end.get("finishedAt") for end in ends))
+    return max((time for time in map(parse_time, told) if time is not None), default=None)
+
+
 def is_live(pod: Mapping[str, Any], *, now: datetime) -> bool:
     """Return whether a pod's containers may still run."""
     silent = silent_from(pod)

@@ -15,7 +15,27 @@ from posttrain.plan.manifests import container_status, is_out_of_sight, node_nam
 from posttrain.plan.status import Says
 from posttrain.plan.types import Manifest
 
-_PULL_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
+_PULL_REASONS = frozenset(
+    {
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "InvalidImageName",
+        "ErrImageNeverPull",
+        "ImageInspectError",
+        "RegistryUnavailable",
+        "SignatureValidationFailed",
+    }
+)
+_START_REASONS = frozenset(
+    {
+        "CreateContainerConfigError",
+        "CreateContainerError",
+        "PreCreateHookError",
+        "PreStartHookError",
+        "RunContainerError",
+    }
+)
+"""With these and those above a kubelet says why a container waits (k8s.io/kubernetes, pkg/kubelet)."""
 _VOLUME_WORDS = ("PersistentVolumeClaim", "persistentvolumeclaim", "volume node affinity", "volume")
 _NOT_CREATED = "FailedCreate"
 """Beginning of the reasons with which the training operator, and the StatefulSet controller, say that they could not
@@ -54,7 +74,7 @@ def explain_waiting(gang: Gang, *, creation_events: Iterable[Manifest] = ()) -> 
 
 def find_obstacle(pods: Iterable[Manifest]) -> Says | None:
     """Return what keeps the first of the pods that is kept from it from starting."""
-    found = (_unscheduled(pod) or _unpulled(pod) for pod in pods)
+    found = (_unscheduled(pod) or _unstarted(pod) for pod in pods)
     return next((obstacle for obstacle in found if obstacle is not None), None)
 
 
@@ -101,11 +121,12 @@ def _unscheduled(pod: Manifest) -> Says | None:
     return Says("False", "VolumePending" if waits_for_volume else "Unschedulable", message)
 
 
-def _unpulled(pod: Manifest) -> Says | None:
+def _unstarted(pod: Manifest) -> Says | None:
     status = pod.get("status") or {}
     for container in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
         waiting = (container.get("state") or {}).get("waiting") or {}
-        if waiting.get("reason") in _PULL_REASONS:
-            message = f"pod {pod['metadata']['name']}: {waiting.get('message') or waiting['reason']}"
-            return Says("False", "ImagePullFailed", message)
+        reason = waiting.get("reason")
+        if reason in _PULL_REASONS or reason in _START_REASONS:
+            message = f"pod {pod['metadata']['name']}: {waiting.get('message') or reason}"
+            return Says("False", "ImagePullFailed" if reason in _PULL_REASONS else "ContainerNotStarted", message)
     return None

@@ -15,10 +15,13 @@ from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import PrepareReport
 from posttrain.contract.result import Result, parse_termination_message
 from posttrain.plan import labels
-from posttrain.plan.manifests import pods_of_role, terminated_state
+from posttrain.plan.deadlines import prepare_deadline
+from posttrain.plan.manifests import is_being_deleted, is_live, pod_phase, pods_of_role, terminated_state
+from posttrain.plan.pods import find_obstacle, find_refusal
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import moving_sources
+from posttrain.plan.status import Says
 from posttrain.plan.trainer_pod import PREPARE_CONTAINER
 from posttrain.plan.types import Manifest
 
@@ -31,7 +34,10 @@ _LEADING_WORD = re.compile(r"^(?P<reason>[A-Z][A-Za-z]+): ")
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Unneeded: nothing is to be checked or resolved. Wanted: its Job is to be made. Running: it has not ended."""
+    """Unneeded: nothing is to be checked or resolved. Wanted: its Job is to be made. Running: it has not ended.
+
+    `obstacle`: what keeps its pod from running.
+    """
 
     state: Literal["Unneeded", "Wanted", "Running", "Done", "Failed"]
     reason: str = ""
@@ -40,6 +46,7 @@ class Preparation:
     pod: str | None = None
     exit_code: int | None = None
     commits: Mapping[str, str] = field(default_factory=dict)
+    obstacle: Says | None = None
     look_again: datetime | None = None
 
 
@@ -69,7 +76,7 @@ def judge_preparation(situation: Situation) -> Preparation:
     if state.phase == "Failed" or (state.phase == "Complete" and report is not None and report.problems):
         return _failed(report, result, pod=pod, job_message=state.message)
     if state.phase == "Pending":
-        return Preparation(state="Running")
+        return _judge_unfinished(situation)
     commits = (report.commits if report else None) or _commits(result)
     unresolved = sorted(set(moving_sources(situation.sources)) - set(commits))
     if not unresolved:
@@ -83,6 +90,29 @@ def judge_preparation(situation: Situation) -> Preparation:
         message=f"prepare ended well, but the commits of {', '.join(unresolved)} never arrived: was its pod deleted? "
         "Delete the run and apply it again",
         advice=advice_for("PrepareFailed"),
+    )
+
+
+def _judge_unfinished(situation: Situation) -> Preparation:
+    """Return how far a Job has come that has not ended: its pod runs, or waits for as long as the user allows."""
+    pods = pods_of_role(situation.observed.pods, labels.ROLE_PREPARE)
+    job = prepare_ref(situation.name).name
+    live = [pod for pod in pods if is_live(pod, now=situation.now)]
+    waiting = [pod for pod in live if pod_phase(pod) == "Pending" and not is_being_deleted(pod)]
+    refused = find_refusal(situation.observed.creation_events, of=job, missing=0 if live else 1, size=1)
+    obstacle = refused or find_obstacle(waiting)
+    deadline = prepare_deadline(situation)
+    if deadline is None or situation.now < deadline:
+        return Preparation(state="Running", obstacle=obstacle, look_again=deadline)
+    names = ", ".join(pod["metadata"]["name"] for pod in live)
+    why = obstacle.message if obstacle else f"pod {names} has not started" if live else f"Job {job} makes no pod"
+    seconds = situation.run.spec.pending_deadline_seconds
+    return Preparation(
+        state="Failed",
+        reason="PendingDeadlineExceeded",
+        message=f"prepare did not run within {seconds} s (spec.pendingDeadlineSeconds): {why}",
+        advice=advice_for("PendingDeadlineExceeded"),
+        pod=waiting[-1]["metadata"]["name"] if waiting else None,
     )
 
 

@@ -52,12 +52,14 @@ def preparing(situation: Situation) -> Verdict | None:
     preparation = judge_preparation(situation)
     if preparation.state not in ("Wanted", "Running"):
         return None
+    obstacle = preparation.obstacle
+    told = f"prepare waits: {obstacle.message}" if obstacle else REASONS["Preparing"].message
     return accept(
         situation,
         Verdict(
             stage="Preparing",
-            prepared=Says("False", "Preparing"),
-            succeeded=Says("False", "InProgress", REASONS["Preparing"].message),
+            prepared=obstacle or Says("False", "Preparing"),
+            succeeded=Says("False", "InProgress", told),
             objects=prepare_children(situation) if preparation.state == "Wanted" else (),
             deadlines=(preparation.look_again,) if preparation.look_again else (),
         ),

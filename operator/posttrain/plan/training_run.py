@@ -10,6 +10,9 @@ crash between any two writes neither loses nor repeats a count, and there are ne
 
 A live attempt is never rendered again: once its PyTorchJob is observed, plans want it as its ConfigMap keeps it, and
 leave the ConfigMap out of `objects` unless somebody deleted it. Prepare's are left out, too.
+
+What keeps a child from being made keeps a run from beginning anything, and nothing from ending: what an attempt's
+checks find then is done all the same, and only what they would make is left out.
 """
 
 from __future__ import annotations
@@ -20,12 +23,10 @@ from datetime import datetime, timedelta
 
 from posttrain.api.training_run import TrainingRun
 from posttrain.plan.acceptance import (
-    child_rejected,
     code_missing,
+    explain_obstacle,
     model_missing,
-    name_conflict,
     servers_unprotected,
-    spec_changed,
     spec_invalid,
 )
 from posttrain.plan.children import (
@@ -47,6 +48,7 @@ from posttrain.plan.endings import (
     suspend_requested,
     suspended,
 )
+from posttrain.plan.predecessors import is_stuck, predecessors_silences
 from posttrain.plan.preparation import is_needed
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload
@@ -56,7 +58,7 @@ from posttrain.plan.situation import Situation
 from posttrain.plan.start import dry_run, first_attempt, prepare_failed, preparing, suspended_before_start
 from posttrain.plan.status import Says, Verdict, carry_facts, derive_events, next_status
 from posttrain.plan.types import Manifest, Observed, Plan
-from posttrain.plan.verdicts import build_cause, explain_unserved, fail, go_on, holding_refs
+from posttrain.plan.verdicts import build_cause, explain_unserved, fail, go_on, holding_refs, refuse
 from posttrain.settings import Settings
 
 Check = Callable[[Situation], Verdict | None]
@@ -121,8 +123,14 @@ def _carried(situation: Situation) -> Situation:
 
 
 def _judge(situation: Situation) -> Verdict:
-    found = (check(situation) for check in _CHECKS)
-    return next(verdict for verdict in found if verdict is not None)
+    verdict = _find(situation, _CHECKS)
+    assert verdict is not None, "the last check finds something"
+    return verdict
+
+
+def _find(situation: Situation, checks: Sequence[Check]) -> Verdict | None:
+    found = (check(situation) for check in checks)
+    return next((verdict for verdict in found if verdict is not None), None)
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
@@ -147,6 +155,25 @@ def finished(situation: Situation) -> Verdict | None:
         deadlines=(expires,) if expires is not None else (),
         delete_run=expires is not None and expires <= situation.now,
     )
+
+
+def obstructed(situation: Situation) -> Verdict | None:
+    """A child cannot be made as it is wanted: nothing is made. What ends meanwhile ends, and what is to go goes."""
+    obstacle = explain_obstacle(situation)
+    if obstacle is None:
+        return None
+    stalled = obstacle.reason != "PredecessorEnding" or is_stuck(situation)
+    silences = predecessors_silences(situation)
+    refusal = replace(refuse(situation, obstacle.reason, obstacle.message), stalled=stalled, deadlines=silences)
+    if situation.status.provenance is None:
+        return refusal
+    verdict = _find(situation, _ATTEMPT_CHECKS if situation.attempt else _PREPARE_CHECKS)
+    if verdict is None:
+        return refusal
+    if verdict.commit:
+        return replace(verdict, accepted=obstacle)
+    deadlines = (*verdict.deadlines, *silences)
+    return replace(verdict, accepted=obstacle, succeeded=obstacle, stalled=stalled, objects=(), deadlines=deadlines)
 
 
 def cleaning_up(situation: Situation) -> Verdict | None:
@@ -190,22 +217,14 @@ def running(situation: Situation) -> Verdict | None:
     return go_on(situation)
 
 
-_CHECKS: tuple[Check, ...] = (
-    finished,  # terminal stays terminal
-    spec_invalid,  # the user asked for something that cannot be
-    spec_changed,  # it is another spec than the accepted one
-    name_conflict,  # a child's name is taken
-    child_rejected,  # the API server does not take a child
-    code_missing,  # a reference does not resolve yet
-    model_missing,  # the run whose model it starts from has not ended well yet
-    servers_unprotected,  # others could hand weights over to its servers
-    kueue_missing,  # the user asks for a queue, and there are none
-    priority_class_missing,  # its priority does not resolve yet
+_PREPARE_CHECKS: tuple[Check, ...] = (
     suspended_before_start,  # the user asked us to stop, and nothing ran yet
     preparing,  # a CPU pod checks and fetches
     prepare_failed,  # it found problems
     dry_run,  # that was all that was asked for
-    first_attempt,  # pin everything, count to one
+)
+
+_ATTEMPT_CHECKS: tuple[Check, ...] = (
     non_finite,  # the loss is no number: nothing that follows is worth its price
     completed,  # the gang is done
     suspend_requested,  # the user asked us to stop: whatever ends from here on ends because of that
@@ -222,4 +241,18 @@ _CHECKS: tuple[Check, ...] = (
     awaiting_services,  # nothing of a gang is there before what generates for it, and what runs its programs
     starting,  # make the attempt's job
     running,  # wait for events
+)
+
+_CHECKS: tuple[Check, ...] = (
+    finished,  # terminal stays terminal
+    spec_invalid,  # the user asked for something that cannot be
+    obstructed,  # a child cannot be made as it is wanted
+    code_missing,  # a reference does not resolve yet
+    model_missing,  # the run whose model it starts from has not ended well yet
+    servers_unprotected,  # others could hand weights over to its servers
+    kueue_missing,  # the user asks for a queue, and there are none
+    priority_class_missing,  # its priority does not resolve yet
+    *_PREPARE_CHECKS,
+    first_attempt,  # pin everything, count to one
+    *_ATTEMPT_CHECKS,
 )

@@ -72,6 +72,8 @@ class Observed:
     """Last states of pods that the cluster took, those of lost nodes among them, as far as they were seen."""
     foreign: frozenset[ObjectRef] = frozenset()
     """Objects that bear a child's name and are not the run's."""
+    predecessors: tuple[Manifest, ...] = ()
+    """Children and pods that an earlier run of the same name has left."""
     rejected: Mapping[ObjectRef, str] = field(default_factory=dict)
     """Children that the API server refused to take, with its words."""
     config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class Observed:
     referrers: tuple[str, ...] = ()
     """Names of the runs that have not ended and refer to this one."""
     creation_events: tuple[Manifest, ...] = ()
-    """Events (core/v1) about what has not made all of its pods: the current attempt's job, or the rollout servers."""
+    """Events (core/v1) about what has not made all its pods: prepare's job, the attempt's, or the rollout servers."""
     server_key: str = ""
     """A new random key, for rollout servers that are made now."""
     kueue: bool = False

@@ -328,6 +328,19 @@ def test_a_run_that_posts_too_often_is_told_to_wait_and_no_other(tmp_path: Path)
     run(tmp_path, scenario, posts_per_second=0.1, posts_burst=3)
 
 
+def test_an_address_that_guesses_tokens_is_told_to_wait_before_the_api_server_is_asked(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        assert (await world.post(f"{PATH}/status", kubeflow(current_step=1)))[0] == 200
+        guesses = [(await world.post(f"{PATH}/status", kubeflow(), token=f"guess-{i}"))[0] for i in range(4)]
+        told, wait = (await world.post(f"{PATH}/status", kubeflow(), token="guess-4"))[1], world.headers["Retry-After"]
+        again = (await world.post(f"{PATH}/status", kubeflow(), token="guess-0"))[0]
+        known = (await world.post(f"{PATH}/status", kubeflow(current_step=2)))[0]
+        assert (guesses, again, known) == ([401, 401, 429, 429], 401, 200)
+        assert (told, wait) == ("127.0.0.1 sends more than 0.1 new tokens a second\n", "10")
+
+    run(tmp_path, scenario, reviews_per_second=0.1, reviews_burst=3)
+
+
 # --- Slow and many clients -------------------------------------------------------------------------------------------
 
 

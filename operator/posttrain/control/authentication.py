@@ -85,9 +85,9 @@ class Authenticator:
             Unavailable: the API server does not answer, or does not know the attempt yet.
         """
         audience = names.resource_path(namespace=namespace, run=run)
-        key = hashlib.sha256(f"{audience}\0{token}".encode()).hexdigest()
-        known = self._verdicts.get(key)
-        if known is not None and known.until > self._monotonic():
+        key = _key(token, audience=audience)
+        known = self._verdict(key)
+        if known is not None:
             self._verdicts.move_to_end(key)
             return _outcome(known)
         review = self._reviewing.get(key)
@@ -96,6 +96,15 @@ class Authenticator:
             self._reviewing[key] = review
             review.add_done_callback(lambda done: self._end_review(key, done))
         return await asyncio.shield(review)
+
+    def needs_review(self, token: str, *, namespace: str, run: str) -> bool:
+        """Return whether the API server will be asked about the token: its proof is new, or has run out."""
+        key = _key(token, audience=names.resource_path(namespace=namespace, run=run))
+        return self._verdict(key) is None and key not in self._reviewing
+
+    def _verdict(self, key: str) -> _Verdict | None:
+        known = self._verdicts.get(key)
+        return known if known is not None and known.until > self._monotonic() else None
 
     async def _review(self, key: str, token: str, *, namespace: str, run: str, audience: str) -> Sender:
         try:
@@ -197,6 +206,10 @@ class Authenticator:
         except NotFound:
             return None
         return found if found["metadata"]["uid"] == uid else None
+
+
+def _key(token: str, *, audience: str) -> str:
+    return hashlib.sha256(f"{audience}\0{token}".encode()).hexdigest()
 
 
 def _outcome(verdict: _Verdict) -> Sender:

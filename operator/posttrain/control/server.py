@@ -38,6 +38,9 @@ class ServerLimits:
     posts_per_second: float = 20.0
     """Of one run: a gang of 64 nodes sends 6 beats a second, and a step's numbers once a second."""
     posts_burst: int = 100
+    reviews_per_second: float = 10.0
+    """Of one address: tokens that the API server has to be asked about. A pod's is asked about once a minute."""
+    reviews_burst: int = 200
     shutdown_seconds: float = 3.0
 
 
@@ -57,6 +60,7 @@ class ProgressServer:
         self._certificate = certificate
         self._limits = limits or ServerLimits()
         self._rates = RateLimit(per_second=self._limits.posts_per_second, burst=self._limits.posts_burst)
+        self._reviews = RateLimit(per_second=self._limits.reviews_per_second, burst=self._limits.reviews_burst)
         self._listener: asyncio.Server | None = None
         self._http: _BoundedServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -119,7 +123,13 @@ class ProgressServer:
 
     async def _take(self, request: web.BaseRequest) -> web.Response:
         namespace, run, endpoint = _parse_address(request)
-        sender = await self._authenticator.prove(_bearer_token(request), namespace=namespace, run=run)
+        token = _bearer_token(request)
+        if self._authenticator.needs_review(token, namespace=namespace, run=run):
+            wait = self._reviews.wait_seconds(request.remote)
+            if wait:
+                text = f"{request.remote} sends more than {self._limits.reviews_per_second:g} new tokens a second"
+                raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=wait)
+        sender = await self._authenticator.prove(token, namespace=namespace, run=run)
         wait = self._rates.wait_seconds(sender.run)
         if wait:
             text = f"{sender.run} posts more than {self._limits.posts_per_second:g} times a second"

@@ -99,8 +99,13 @@ def test_a_run_trains_on_several_rewards_and_keeps_what_they_scored(
     assert sum(unscored) / 4 == first["rewards/picky/failed"] == first["rewards/picky/unscored"]
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [{}, {"parallelism": {"strategy": "ZeRO2"}, "peft": {"method": "LoRA", "targetModules": ["q_proj", "v_proj"]}}],
+    ids=["DDP", "LoRA with ZeRO2"],
+)
 def test_a_killed_run_goes_on_within_a_rollout_as_if_nothing_had_been(
-    tmp_path: Path, trainer_python: Path, tiny_model: Path, problems: Path
+    tmp_path: Path, trainer_python: Path, tiny_model: Path, problems: Path, spec: dict[str, Any]
 ) -> None:
     """A rollout serves four steps, a checkpoint comes after three, and the kill is in the second pass over the data."""
 
@@ -119,6 +124,7 @@ def test_a_killed_run_goes_on_within_a_rollout_as_if_nothing_had_been(
                 "beta": 0.1,
             },
             checkpoints={"everySteps": 3},
+            **spec,
         )
         return build_pod(tmp_path / name, trainer_python, config)
 

@@ -100,6 +100,12 @@ def await_end(run: ClusterRun) -> dict[str, Any]:
     return run.await_status(lambda s: s.get("completionTime"), what="the end", seconds=START_SECONDS)
 
 
+def story(run: ClusterRun, *, end: str) -> list[str]:
+    """Return what its events tell, in their order, once the last one is there."""
+    run.await_event(end)
+    return [reason for _, reason in run.events()]
+
+
 def restarts(pod: Mapping[str, Any]) -> int:
     """Return how often a pod's containers were started again."""
     return sum(container["restartCount"] for container in pod["status"]["containerStatuses"])
@@ -124,6 +130,8 @@ def test_a_deleted_pod_costs_one_restart_from_the_checkpoint(run: ClusterRun) ->
     assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
     assert (ended["attempt"], ended["restarts"]["infrastructure"]) == (2, 1)
     assert ended["progress"]["step"] == STEPS
+    told = ["Accepted", "Prepared", "AllPodsRunning", "PodDeleted", "AllPodsRunning", "Completed"]
+    assert story(run, end="Completed") == told
 
 
 def test_a_killed_container_costs_one_restart_from_the_checkpoint(run: ClusterRun) -> None:
@@ -135,6 +143,9 @@ def test_a_killed_container_costs_one_restart_from_the_checkpoint(run: ClusterRu
     ended = await_end(run)
     assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
     assert (ended["attempt"], ended["restarts"]["infrastructure"]) == (2, 1)
+    assert ended["failure"]["reason"] == "RankKilled"
+    told = ["Accepted", "Prepared", "AllPodsRunning", "RankKilled", "AllPodsRunning", "Completed"]
+    assert story(run, end="Completed") == told
 
 
 def test_a_rank_over_its_memory_is_named_with_advice(run: ClusterRun) -> None:
@@ -144,6 +155,8 @@ def test_a_rank_over_its_memory_is_named_with_advice(run: ClusterRun) -> None:
 
     assert reasons(ended)["Succeeded"] == ("False", "HostOutOfMemory")
     assert "spec.resources.memory" in ended["failure"]["advice"]
+    told = ["Accepted", "Prepared", "AllPodsRunning", "HostOutOfMemory"]
+    assert story(run, end="HostOutOfMemory") == told
 
 
 def test_a_suspended_run_goes_on_where_it_was(run: ClusterRun) -> None:
@@ -158,6 +171,8 @@ def test_a_suspended_run_goes_on_where_it_was(run: ClusterRun) -> None:
     assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
     assert not (ended.get("restarts") or {}).get("infrastructure")
     assert suspended["checkpoints"]["latestStep"] > 0
+    told = ["Accepted", "Prepared", "AllPodsRunning", "Suspended", "AllPodsRunning", "Completed"]
+    assert story(run, end="Completed") == told
 
 
 def test_a_run_does_not_notice_that_the_operator_is_replaced(run: ClusterRun) -> None:
@@ -171,6 +186,28 @@ def test_a_run_does_not_notice_that_the_operator_is_replaced(run: ClusterRun) ->
     assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
     assert (ended["attempt"], ended["progress"]["step"]) == (1, STEPS)
     assert {pod["metadata"]["uid"] for pod in run.pods(attempt=1)} <= before
+    assert story(run, end="Completed") == ["Accepted", "Prepared", "AllPodsRunning", "Completed"]
+
+
+def test_an_edited_job_is_what_it_was_made_as_again_and_its_pods_train_on(run: ClusterRun) -> None:
+    start_held(run)
+    before, made = run.pods(attempt=1), run.cluster.get("pytorchjob", "demo-a1", "--namespace", run.namespace)["spec"]
+
+    run.kubectl("patch", "pytorchjob", "demo-a1", "--type=merge", "--patch", '{"spec": {"nprocPerNode": "7"}}')
+
+    run.cluster.await_json(
+        *("pytorchjob", "demo-a1", "--namespace", run.namespace),
+        until=lambda job: job["metadata"]["generation"] > 2 and job["spec"] == made,
+        what="the repair",
+    )
+    after = run.pods(attempt=1)
+    assert [pod["metadata"]["uid"] for pod in after] == [pod["metadata"]["uid"] for pod in before]
+    assert [restarts(pod) for pod in after] == [0, 0]
+    let_go_on(run)
+    ended = await_end(run)
+    assert reasons(ended)["Succeeded"] == ("True", "Completed"), ended.get("failure")
+    assert (ended["attempt"], ended["progress"]["step"]) == (1, 6)
+    assert story(run, end="Completed") == ["Accepted", "AllPodsRunning", "Completed"]
 
 
 def test_a_run_sits_out_a_kubelet_that_is_stopped_for_a_minute(run: ClusterRun) -> None:
@@ -195,7 +232,7 @@ def test_a_run_sits_out_a_kubelet_that_is_stopped_for_a_minute(run: ClusterRun) 
     assert (ended["attempt"], ended["progress"]["step"]) == (1, 6)
     assert {pod["metadata"]["uid"] for pod in run.pods(attempt=1)} <= before
     told = ["Accepted", "AllPodsRunning", "NodeUnreachable", "AllPodsRunning", "Completed"]
-    assert [reason for _, reason in run.events()] == told
+    assert story(run, end="Completed") == told
 
 
 @pytest.fixture
@@ -240,3 +277,5 @@ def test_an_upgrade_touches_no_attempt_that_lives_and_the_next_one_runs_what_was
     (container,) = master(run, attempt=2)["containers"]
     assert container["image"] == pinned
     assert "OF_THE_UPGRADE" not in {variable["name"] for variable in container["env"]}
+    told = ["Accepted", "AllPodsRunning", "RankKilled", "AllPodsRunning", "Completed"]
+    assert story(run, end="Completed") == told

@@ -84,7 +84,6 @@ CALLS: dict[tuple[str, str, str], Iterable[Kind]] = {
     ("reconciler", "_create", "create"): PLANNED,
     ("reconciler", "_delete", "delete"): DELETED,
     ("reconciler", "_find", "get"): SEEN,
-    ("reconciler", "_creation_events", "list"): (EVENT,),
     ("reconciler", "_look", "delete"): (TRAINING_RUN,),
     ("reconciler", "_own_code", "get"): (CONFIG_MAP,),
     ("reconciler", "_patch", "patch"): (),  # PATCHED, each with its subresource
@@ -95,6 +94,7 @@ CALLS: dict[tuple[str, str, str], Iterable[Kind]] = {
     ("reconciler", "_write_status", "apply_status"): (TRAINING_RUN,),
     ("reflector", "_watch", "watch"): CHILDREN,
     ("reflector", "list_into", "pages"): (TRAINING_RUN, *CHILDREN),
+    ("waiting", "_read_events", "list"): (EVENT,),
 }
 
 

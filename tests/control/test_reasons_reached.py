@@ -14,7 +14,7 @@ import pytest
 from posttrain.api.reasons import REASONS
 from posttrain.contract.facts import FirstError, NonFinite, PrepareResult, SignalLost, Started
 from posttrain.contract.result import Result
-from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, PYTORCHJOB, TRAINING_RUN, WORKLOAD
+from posttrain.control.kinds import CLAIM, DEPLOYMENT, KUEUE, POD, PYTORCHJOB, TRAINING_RUN, WORKLOAD
 from posttrain.control.port import Rejected
 from posttrain.settings import Settings
 from tests.support.bench import Bench
@@ -380,6 +380,18 @@ def job_event(message: str) -> Happens:
     return happens
 
 
+def kubelet_says(reason: str, message: str) -> Happens:
+    """Let a pod's kubelet say why it does not create the containers."""
+
+    def happens(bench: Bench) -> None:
+        starts(bench)
+        bench.others.bind_pod("demo-a1-master-0")
+        bench.others.put_event(POD, "demo-a1-master-0", reason=reason, message=message)
+        bench.wait(60)
+
+    return happens
+
+
 def sandbox_has(state: dict[str, Any] | None) -> Happens:
     """Let the sandbox of a run that rewards programs have a pod whose container is in this state; None: no pod yet."""
 
@@ -442,6 +454,7 @@ CASES: list[tuple[str, Happens]] = [
     # Waiting
     ("Unschedulable", scheduler_says("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")),
     ("VolumePending", scheduler_says("pod has unbound immediate PersistentVolumeClaims")),
+    ("VolumePending", kubelet_says("FailedMount", 'MountVolume.SetUp failed for volume "data": timed out')),
     ("ImagePullFailed", pod_has(containerStatuses=[PULL])),
     ("ContainerNotStarted", pod_has(containerStatuses=[CREATION])),
     ("QuotaExceeded", job_event('pods "demo-a1-master-0" is forbidden: exceeded quota: team, requested: cpu=2')),

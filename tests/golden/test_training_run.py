@@ -30,6 +30,7 @@ def load_observed(data: dict[str, Any]) -> Observed:
         foreign=frozenset(refs),
         config_maps=data.get("configMaps", {}),
         creation_events=tuple(data.get("creationEvents", [])),
+        pod_events=tuple(data.get("podEvents", [])),
         server_key=data.get("serverKey", ""),
         kueue=data.get("kueue", False),
         flavors={flavor["metadata"]["name"]: flavor for flavor in data.get("flavors", [])},

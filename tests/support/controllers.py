@@ -142,6 +142,29 @@ class Controllers:
                 found.append(pod)
         return found
 
+    def bind_pod(self, name: str, *, set_up: bool = False) -> None:
+        """Let a waiting pod be bound to a node, as its kubelet shows it until its containers are created.
+
+        `set_up`: volumes and network are there; what is missing is an image.
+        """
+        pod = self.find(POD, name)
+        assert pod is not None, f"pod {name} is there"
+        now = rfc3339(self._clock())
+        creating = {"waiting": {"reason": "ContainerCreating"}}
+        status = {
+            **pod["status"],
+            "startTime": now,
+            "conditions": [
+                {"type": "PodReadyToStartContainers", "status": str(set_up), "lastTransitionTime": now},
+                {"type": "PodScheduled", "status": "True", "lastTransitionTime": now},
+            ],
+            "containerStatuses": [
+                {"name": container["name"], "ready": False, "state": creating}
+                for container in pod["spec"]["containers"]
+            ],
+        }
+        self._cluster.put({**pod, "spec": {**pod["spec"], "nodeName": "node-0"}, "status": status})
+
     def run_pods(self, attempt: int) -> None:
         """Let every waiting pod of an attempt run."""
         for node, pod in enumerate(self.pods(attempt)):
@@ -203,14 +226,14 @@ class Controllers:
     # --- People ------------------------------------------------------------------------------------------------------
 
     def put_event(self, kind: Kind, name: str, *, reason: str, message: str) -> None:
-        """Let its controller say something about an object."""
+        """Let its controller, or a pod's kubelet, say something about an object."""
         about = self.find(kind, name)
         assert about is not None, f"{name} is there"
         self._cluster.put(
             {
                 "apiVersion": EVENT[0],
                 "kind": EVENT[1],
-                "metadata": {"name": f"{name}.1", "namespace": self._namespace},
+                "metadata": {"name": f"{name}.{reason.lower()}", "namespace": self._namespace},
                 "involvedObject": {"kind": kind[1], "name": name, "uid": about["metadata"]["uid"]},
                 "type": "Warning",
                 "reason": reason,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,23 @@ def test_the_end_names_numbers_and_paths_and_writes_the_report(tmp_path: Path, m
         "More: posttrain status stratos-demo, posttrain logs stratos-demo, posttrain compare stratos-demo OTHER-RUN",
     ]
     assert "<svg" in (folder.path / "report.html").read_text()
+
+
+def test_a_number_that_is_zero_at_the_end_is_told_and_no_restart_is_not(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    history = [{"step": 1, "reward": -0.5, "loss": 0.25}, {"step": 2, "reward": 0.0, "loss": 0.0}]
+    (folder.storage / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": history}))
+    (folder.storage / "facts.jsonl").unlink()
+    run = build_recorded_run()
+    run = run.model_copy(update={"status": run.status.model_copy(update={"restarts": None})})
+
+    lines = _plain(lambda view, clock: view.finish(run, folder))
+
+    assert [line.split() for line in lines if line.startswith(("Reward", "Loss"))] == [
+        ["Reward", "0", "(from", "-0.5", "at", "step", "1)"],
+        ["Loss", "0", "(from", "0.25", "at", "step", "1)"],
+    ]
+    assert not any("Restarts" in line for line in lines)
 
 
 FAILURE = {

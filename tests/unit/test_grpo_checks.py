@@ -275,6 +275,43 @@ def test_a_reward_that_compares_completions_needs_whole_groups_on_a_rank() -> No
     assert said in found["spec.grpo.args.num_generations"]
 
 
+EVALUATED: list[tuple[dict[str, Any], list[str], int, str | None]] = [
+    ({"per_device_eval_batch_size": 6}, ["accuracy"], 4, None),
+    ({"per_device_eval_batch_size": 6, "eval_strategy": "no"}, ["accuracy"], 1, None),
+    (
+        {"per_device_eval_batch_size": 6},
+        ["accuracy"],
+        2,
+        "8 completions of each prompt (num_generations_eval, by default num_generations), and 2 ranks make 12 at once, "
+        "which are no whole groups: write 8, or for num_generations_eval 1, 2, 3, 4, 6 or 12",
+    ),
+    (
+        {"per_device_eval_batch_size": 4},
+        ["accuracy", "length"],
+        2,
+        "reward length compares those of a prompt, and a rank makes 4, which are no whole groups: write 8, or for "
+        "num_generations_eval 1, 2 or 4",
+    ),
+    ({"per_device_eval_batch_size": 4, "num_generations_eval": 2}, ["length"], 2, None),
+    ({"per_device_eval_batch_size": 8}, ["length"], 2, None),
+]
+
+
+@pytest.mark.parametrize(("args", "rewards", "ranks", "said"), EVALUATED)
+def test_an_evaluation_needs_whole_groups_too(
+    args: dict[str, Any], rewards: list[str], ranks: int, said: str | None
+) -> None:
+    grpo = {
+        "args": {"num_generations": 8, "per_device_train_batch_size": 8, "eval_strategy": "steps", **args},
+        "rewards": [{"name": name} for name in rewards],
+    }
+    more = {"resources": {"gpusPerNode": ranks}, "testFraction": "0.1"}
+    if said is None:
+        assert parse_training_run(build_resource(grpo=grpo, **more))
+    else:
+        assert_refused("spec.grpo.args.per_device_eval_batch_size", said, grpo=grpo, **more)
+
+
 def test_a_prompt_column_is_for_grpo() -> None:
     data = build_resource(promptColumn="problem")
     data["spec"]["sft"] = {}

@@ -52,6 +52,30 @@ def test_a_completion_on_which_a_reward_fails_is_named_and_takes_nothing_from_th
     assert reward.last_error.endswith("ValueError: cannot read it")
 
 
+def test_what_a_reward_logs_before_it_fails_is_taken_once_and_its_row_is_that_of_the_data() -> None:
+    kept: list[str] = []
+
+    def read(completions: list[str], log_extra: Any, log_metric: Any, **columns: Any) -> list[float]:
+        log_extra("read", completions)
+        log_metric("calls", 1.0)
+        return [float(completion) for completion in completions]
+
+    reward = WatchedReward("mine", read)
+    logged: list[str] = []
+    scores = reward(
+        prompts=["?"] * 3,
+        completions=["1", "bad", "3"],
+        posttrain_row=[17, 23, 23],
+        log_extra=lambda name, values: kept.extend(values),
+        log_metric=lambda name, value: logged.append(name),
+    )
+
+    assert scores == [1.0, None, 3.0]
+    assert kept == ["1", "bad", "3"]
+    assert logged == ["calls", "rewards/mine/failed", "rewards/mine/unscored"]
+    assert reward.last_error.startswith("reward mine, row 23 (prompt '?', completion 'bad'): ")
+
+
 def test_a_number_that_is_not_finite_is_no_reward() -> None:
     reward, scores, logged = call(lambda completions, **_: [math.nan, 1.0], completions=["a", "b"])
     assert scores == [None, 1.0]

@@ -48,6 +48,20 @@ def run_prepare(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def run_args(case: dict[str, Any]) -> dict[str, Any]:
+    """Build the arguments alone, as prepare does."""
+    from posttrain.contract.config import TrainingConfig
+    from posttrain_workloads.outcome import Outcome
+    from posttrain_workloads.prepare import build_effective_args
+
+    outcome = Outcome()
+    build_effective_args(TrainingConfig.from_json(json.dumps(case["config"])), outcome, environ=environ_of(case))
+    return {
+        "problems": [str(problem) for problem in outcome.findings.problems],
+        "effective_args": outcome.effective_args,
+    }
+
+
 def run_data(case: dict[str, Any]) -> dict[str, Any]:
     from posttrain.contract.config import TrainingConfig
     from posttrain_workloads.data import load_mixture
@@ -145,7 +159,7 @@ def environ_of(case: dict[str, Any]) -> dict[str, str]:
     }
 
 
-RUN = {"prepare": run_prepare, "data": run_data, "model": run_model, "activations": run_activations}
+RUN = {"prepare": run_prepare, "args": run_args, "data": run_data, "model": run_model, "activations": run_activations}
 
 if __name__ == "__main__":
     main()

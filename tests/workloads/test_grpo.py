@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from posttrain.contract.completions import completions_file
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.checkpoints import verify_folder
 from tests.workloads._configs import Pod, build_grpo_config
+from tests.workloads._prepare_configs import ROOT
 
 pytestmark = pytest.mark.workloads
 
@@ -109,7 +111,13 @@ def test_a_killed_run_goes_on_within_a_rollout_as_if_nothing_had_been(
             ranks=2,
             attempt=attempt,
             rewards=[{"function": "own_rewards:record", "params": {"file": str(tmp_path / "rows")}}],
-            args={"max_steps": 15, "per_device_train_batch_size": 1, "steps_per_generation": 2, "num_iterations": 2},
+            args={
+                "max_steps": 15,
+                "per_device_train_batch_size": 1,
+                "steps_per_generation": 2,
+                "num_iterations": 2,
+                "beta": 0.1,
+            },
             checkpoints={"everySteps": 3},
         )
         return build_pod(tmp_path / name, trainer_python, config)
@@ -136,6 +144,33 @@ def test_a_killed_run_goes_on_within_a_rollout_as_if_nothing_had_been(
     assert resumed.bodies("Started")[-1].resumed_from_step in {9, 12}
     assert points(resumed) == points(undisturbed)
     assert rows_of_steps() == expected
+
+
+RESTORE = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from posttrain_workloads._compat import restore_rollout, save_rollout
+
+def trainer(*, ranks, step, batches):
+    args = SimpleNamespace(world_size=ranks, steps_per_generation=2, device="cpu")
+    return SimpleNamespace(args=args, num_iterations=2, _step=step, _buffered_inputs=batches)
+
+for step in (6, 8):  # within a cycle of four micro-batches, and at its end
+    save_rollout(trainer(ranks=2, step=step, batches=["kept"]), Path(sys.argv[1]), rank=0)
+    for ranks in (2, 1):
+        resumed = trainer(ranks=ranks, step=0, batches=None)
+        print(restore_rollout(resumed, Path(sys.argv[1]), rank=0), resumed._step, resumed._buffered_inputs)
+print(restore_rollout(None, Path(sys.argv[1]), rank=1))
+"""
+
+
+def test_a_gang_of_another_size_learns_that_a_begun_rollout_is_not_its(tmp_path: Path, trainer_python: Path) -> None:
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("operator", "workloads"))}
+    done = subprocess.run(
+        [trainer_python, "-c", RESTORE, tmp_path], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["True 6 ['kept']", "False 0 None", "True 8 None", "True 0 None", "True"]
 
 
 def test_a_run_that_nothing_rewards_ends_at_once(

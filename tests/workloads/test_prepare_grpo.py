@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
+from posttrain.api.grpo_checks import count_groups
+from posttrain.contract.config import TrainingConfig
+from posttrain.files import check_run, read_documents
+from posttrain.plan.training_run import preview_training_run
+from posttrain.settings import Settings
+from tests.support.builders import T0
 from tests.workloads._configs import build_grpo_config
-from tests.workloads._prepare_configs import run_cases, write_jsonl
+from tests.workloads._prepare_configs import ROOT, run_cases, write_jsonl
 
 pytestmark = pytest.mark.workloads
 
@@ -53,6 +59,38 @@ OWN_CODE = {
 }
 
 
+def contest_row(number: int) -> dict[str, Any]:
+    """Return a row that reads both as a problem of Codeforces and as one of the IOI; every second one is incomplete."""
+    return {
+        "problem": "Add them up.",
+        "language": "python",
+        "official_tests": [{"input": "1 2", "output": "3"}],
+        "official_tests_complete": number % 2 == 0,
+        "generated_tests": 5,
+        "time_limit": 1.0,
+        "memory_limit": 256.0,
+        "input_mode": "stdio",
+        "id": "plants",
+        "contest_id": "1",
+        "test_names": ["1"],
+        "test_cases": [{"test_name": "1", "test_input": "1 2", "test_output": "3"}],
+        "grader_files": [["graders/manager.cpp", "int main() {}"]],
+        "score_precision": 2,
+    }
+
+
+def planned_config(file: Path) -> TrainingConfig:
+    """Return what the ranks of an example's run are told."""
+    (document,) = read_documents(file)
+    run = check_run(document, data=document.data)
+    objects = preview_training_run(run, now=T0, settings=Settings())
+    texts = [manifest["data"]["config.json"] for manifest in objects if "config.json" in manifest.get("data", {})]
+    return TrainingConfig.from_json(texts[-1])
+
+
+RECIPES = {file.stem: planned_config(file) for file in sorted((ROOT / "examples" / "open-r1").glob("*.yaml"))}
+
+
 @pytest.fixture(scope="module")
 def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every case found, by its name."""
@@ -73,7 +111,7 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         given = list(rewards) or [{"name": "accuracy"}]
         config = build_grpo_config(model=tiny_model, rows=rows, rewards=given, **more)
         sandbox = config.spec.used_sandbox
-        urls = ",".join(sandbox.endpoints or ()) if sandbox is not None else ""
+        urls = ",".join(sandbox.endpoints or ["http://127.0.0.1:9"]) if sandbox is not None else ""
         environ = {"environ": {"POSTTRAIN_SANDBOX_URLS": urls, "POSTTRAIN_SANDBOX_KEY": "e2b_x", **SERVICES}}
         return {"name": name, "config": config, "code": str(folder / "code"), **environ}
 
@@ -123,11 +161,29 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
             )
         ),
         case("together", grpo={"rolloutFunction": "rollouts:Game"}, ranks=2, parallelism={"strategy": "ZeRO3"}),
+        case("contests", {"name": "cf_code"}, {"name": "ioi_code"}, rows=write_jsonl(
+            folder / "contests.jsonl", [contest_row(number) for number in range(4)]
+        )),
+        case("contests with tests", {"name": "cf_code"}, rows=folder / "contests.jsonl", podOverrides={
+            "env": [{"name": "CF_TESTS_FOLDER", "value": "/tests"}]
+        }),
         case("cispo", args={"loss_type": "cispo"}),
         case("cispo with a bound", args={"loss_type": "cispo", "epsilon_high": 5.0}),
         case("reference", args={"beta": 0.1}, model_fields={"config": {"rope_theta": 5.0}}),
     ]  # fmt: skip
+    cases += [{"name": name, "what": "args", "config": config} for name, config in RECIPES.items()]
     return run_cases(cases, python=trainer_python, folder=folder)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_arguments_of_a_recipe_are_taken_for_the_ranks_that_it_asks_for(found: dict[str, Any], name: str) -> None:
+    """TRL counts ranks by the processes that there are, and prepare is one."""
+    assert found[name]["problems"] == []
+    config = RECIPES[name]
+    if config.method == "grpo":
+        groups = count_groups(config.args, world_size=config.gang.world_size)
+        assert groups is not None
+        assert found[name]["effective_args"]["generation_batch_size"] == groups.of_all
 
 
 def test_good_inputs_give_no_problem_and_a_forecast(found: dict[str, Any]) -> None:
@@ -213,6 +269,18 @@ def test_what_a_rollout_function_may_add_is_not_missed_but_told(found: dict[str,
 
 def test_an_async_reward_is_tried_like_any_other(found: dict[str, Any]) -> None:
     assert len(found["async"]["problems"]) == 1
+
+
+def test_problems_of_contests_that_have_no_score_are_found_before_anybody_solves_them(found: dict[str, Any]) -> None:
+    (problem,) = found["contests"]["problems"]
+    assert problem.startswith("DatasetRowsInvalid: spec.grpo.rewards[1]: reward ioi_code has no score for 4 of the fir")
+    assert "plants has a manager, which talks with the solution" in problem
+    (warning,) = found["contests"]["warnings"]
+    assert warning.startswith("spec.grpo.rewards[0]: reward cf_code has no score for 2 of the first 4 rows. The first")
+    assert warning.endswith("name the folder that holds them in $CF_TESTS_FOLDER")
+
+    with_tests = found["contests with tests"]
+    assert (with_tests["problems"], with_tests["warnings"]) == ([], [])
 
 
 def test_cispo_without_its_own_bound_is_a_warning(found: dict[str, Any]) -> None:

@@ -84,18 +84,20 @@ def save_rollout(trainer: Any, folder: Path, *, rank: int) -> None:
     torch.save(state, folder / f"rollout_{rank}.pt")
 
 
-def restore_rollout(trainer: Any, folder: Path, *, rank: int) -> None:
-    """Put back what `save_rollout` kept, if the gang has as many ranks as it had then."""
+def restore_rollout(trainer: Any, folder: Path, *, rank: int) -> bool:
+    """Put back what `save_rollout` kept; return False if that was a rollout of a gang with more ranks, or fewer."""
     import torch
     from accelerate.utils import send_to_device
 
     file = folder / f"rollout_{rank}.pt"
     if not file.exists():
-        return
+        return True
     state = torch.load(file, map_location="cpu", weights_only=True)
-    if state["world_size"] == trainer.args.world_size:
-        trainer._step = state["step"]
-        trainer._buffered_inputs = send_to_device(state["batches"], trainer.args.device)
+    if state["world_size"] != trainer.args.world_size:
+        return state["batches"] is None
+    trainer._step = state["step"]
+    trainer._buffered_inputs = send_to_device(state["batches"], trainer.args.device)
+    return True
 
 
 def add_metric(trainer: Any, name: str, value: float) -> None:
@@ -213,6 +215,16 @@ def name_args(values: Mapping[str, Any], args_class: Any) -> dict[str, Any]:
     """
     known = {field.name for field in dataclasses.fields(args_class)}
     return {key if key in known else _FORMER_NAMES.get(key, key): value for key, value in values.items()}
+
+
+def plan_ranks(args_class: Any, ranks: int) -> Any:
+    """Return TRL's class of arguments as it checks and fills them in where there are so many ranks.
+
+    TRL 1.16's GRPOConfig multiplies by `world_size`, which transformers' TrainingArguments counts in the process that
+    builds it (grpo_config.py, `__post_init__`): a process that is no rank would check groups of completions by 1. Goes
+    when the number can be given.
+    """
+    return type(args_class.__name__, (args_class,), {"world_size": ranks})
 
 
 def recomputes_activations(args: Any) -> bool:

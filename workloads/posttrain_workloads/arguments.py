@@ -73,11 +73,16 @@ def training_args(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict
     return {**defaults, **config.args, **owned_args(config, environ=environ)}
 
 
-def make_args(config: TrainingConfig, values: Mapping[str, Any]) -> SFTConfig | GRPOConfig:
-    """Return TRL's own arguments of the method, with these values; it raises what TRL and transformers raise."""
+def make_args(config: TrainingConfig, values: Mapping[str, Any], *, ranks: int | None = None) -> SFTConfig | GRPOConfig:
+    """Return TRL's own arguments of the method, with these values; it raises what TRL and transformers raise.
+
+    `ranks` is how many there will be, where this process is none of them.
+    """
     from trl import GRPOConfig, SFTConfig
 
     args_class: type[SFTConfig] | type[GRPOConfig] = SFTConfig if config.method == "sft" else GRPOConfig
+    if ranks is not None:
+        args_class = _compat.plan_ranks(args_class, ranks)
     return args_class(**_compat.name_args(values, args_class))
 
 

@@ -21,7 +21,7 @@ from posttrain_workloads.own_environments import check_environment
 from posttrain_workloads.own_rollouts import ENVIRONMENT, load_rollouts
 from posttrain_workloads.problems import Findings, Problem, refuse
 from posttrain_workloads.prompts import PROMPT, shape_prompts
-from posttrain_workloads.reward_checks import check_columns, check_endpoints, try_own_rewards
+from posttrain_workloads.reward_checks import check_columns, check_contests, check_endpoints, try_own_rewards
 from posttrain_workloads.scoring import WatchedReward, build_rewards
 from posttrain_workloads.server_options import check_server_options
 
@@ -63,6 +63,7 @@ def check_grpo(
     if mixture is None:
         return
     complete = check_columns(config, findings, mixture.train)
+    check_contests(config, findings, mixture.train)
     if rewards and complete:
         try_own_rewards(config, findings, mixture.train, rewards=rewards)
     longest = check_prompts(config, outcome, mixture, model=model, environ=environ)

@@ -189,7 +189,7 @@ def build_effective_args(config: TrainingConfig, outcome: Outcome, *, environ: M
         here |= {"use_cpu": True, "tf32": None}
     with outcome.findings.collect():
         try:
-            args = make_args(config, {**wanted, **here})
+            args = make_args(config, {**wanted, **here}, ranks=config.gang.world_size)
         except (ValueError, TypeError, KeyError) as error:
             key = name_key(str(error), config.args, method=config.method)
             raise refuse("ConfigInvalid", f"{key}: {error}") from error

@@ -15,6 +15,12 @@ from posttrain.api.spelling import join_names, nearest
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.problems import Findings, InvalidInputs, Problem, last_lines, refuse
 from posttrain_workloads.prompts import PROMPT, number_rows
+from posttrain_workloads.rewards.contests import (
+    TESTS_FOLDER_VARIABLE,
+    TESTS_MISSING,
+    CodeforcesProblem,
+    IoiSubtask,
+)
 from posttrain_workloads.rewards.execution import ExecutionError
 from posttrain_workloads.runtime import RankFailure
 from posttrain_workloads.scoring import WatchedReward, open_sandbox
@@ -23,6 +29,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TRIED_ROWS = 3
+READ_ROWS = 1000
+"""Of the problems of contests, which have up to megabytes of tests each."""
 
 
 def check_endpoints(config: TrainingConfig, findings: Findings, *, environ: Mapping[str, str]) -> None:
@@ -62,6 +70,41 @@ def check_columns(config: TrainingConfig, findings: Findings, rows: Dataset) -> 
             hint = f"rename one with spec.datasets[].rename: {{{near or 'answer'}: {column}}}"
             findings.add(Problem("DatasetColumnMissing", f"{reads}: {hint}, or choose other data"))
     return complete
+
+
+def check_contests(config: TrainingConfig, findings: Findings, rows: Dataset) -> None:
+    """Read problems of contests as their rewards will, which give nothing where they cannot be read."""
+    assert config.spec.grpo is not None
+    overrides = config.spec.pod_overrides
+    # The folder of the generated tests is the gang's, and not to be seen from here.
+    has_tests = any(variable.name == TESTS_FOLDER_VARIABLE for variable in (overrides and overrides.env) or ())
+    first = rows.select(range(min(READ_ROWS, len(rows))))
+    for index, reward in enumerate(config.spec.grpo.rewards):
+        if reward.name not in {"cf_code", "ioi_code"} or set(REWARDS[reward.name].columns) - set(rows.column_names):
+            continue
+        faults = [fault for row in first if (fault := _find_fault(reward.name, row, has_tests=has_tests)) is not None]
+        if not faults:
+            continue
+        message = (
+            f"spec.grpo.rewards[{index}]: reward {reward.name} has no score for {len(faults)} of the first "
+            f"{len(first)} rows. The first of them: {faults[0]}"
+        )
+        if len(faults) < len(first):
+            findings.warnings.append(message)
+        else:
+            findings.add(Problem("DatasetRowsInvalid", message))
+
+
+def _find_fault(reward: str, row: Mapping[str, Any], *, has_tests: bool) -> str | None:
+    """Return why a row of a contest has no score, whatever the program."""
+    try:
+        if reward == "ioi_code":
+            IoiSubtask.of_row(row)
+        elif CodeforcesProblem.of_row(row).tests is None and not has_tests:
+            return TESTS_MISSING
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return None
 
 
 def try_own_rewards(config: TrainingConfig, findings: Findings, rows: Dataset, *, rewards: list[WatchedReward]) -> None:

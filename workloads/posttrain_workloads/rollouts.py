@@ -8,6 +8,7 @@ must stay free of torch may import it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -117,7 +118,11 @@ class RolloutCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if self._resumed_from is not None:
             _compat.skip_epochs(self._watch.sampler, int(state.epoch or 0))
-            _compat.restore_rollout(self._watch.trainer, self._resumed_from, rank=self._rank)
+            if not _compat.restore_rollout(self._watch.trainer, self._resumed_from, rank=self._rank):
+                logging.warning(
+                    "the checkpoint's completions are of another number of ranks: those that were not trained on yet "
+                    "are left out, and the run goes on with new ones"
+                )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -30,7 +30,8 @@ Score = Callable[..., Scores | Coroutine[Any, Any, Scores]]
 """TRL's signature: prompts, completions, completion_ids and the data's columns, each a list as long as the others."""
 
 # What the trainer hands to a reward beside lists with an entry a completion (trl/trainer/grpo_trainer.py).
-_NOT_A_COLUMN = frozenset({"trainer_state", "log_extra", "log_metric"})
+_LOGGERS = frozenset({"log_extra", "log_metric"})
+_NOT_A_COLUMN = _LOGGERS | {"trainer_state"}
 _EXCERPT = 500
 _MIB = 1 << 20
 
@@ -153,7 +154,11 @@ class WatchedReward:
     def _score_without_culprits(
         self, error: Exception, lists: dict[str, Any], passed_on: dict[str, Any]
     ) -> tuple[list[float | None], int]:
-        """Return the scores with None for the completions on which the reward fails alone, and how many failed."""
+        """Return the scores with None for the completions on which the reward fails alone, and how many failed.
+
+        What it logs again is left out: the trainer takes a value a completion.
+        """
+        passed_on = {key: _log_nothing if key in _LOGGERS else value for key, value in passed_on.items()}
         count = len(lists["completions"])
         good = []
         for row in range(count):
@@ -183,7 +188,8 @@ class WatchedReward:
 
     def _tell(self, what: str, *, row: int, lists: dict[str, Any]) -> None:
         prompt, completion = (_excerpt(lists[key][row]) for key in ("prompts", "completions"))
-        self.last_error = f"reward {self.name}, row {row} (prompt {prompt}, completion {completion}): {what}"
+        of_data = lists[rewards.ROW_COLUMN][row] if rewards.ROW_COLUMN in lists else row
+        self.last_error = f"reward {self.name}, row {of_data} (prompt {prompt}, completion {completion}): {what}"
         logging.warning("%s", self.last_error)
 
 
@@ -254,6 +260,10 @@ def _unused(name: str, taken: Sequence[str]) -> str:
 
 def _select(lists: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     return {key: [values[row] for row in rows] for key, values in lists.items()}
+
+
+def _log_nothing(name: str, value: Any) -> None:
+    pass
 
 
 def _excerpt(value: Any) -> str:

@@ -5,6 +5,7 @@ It owns these problems and their wording; it must not look at the data, nor at w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pydantic import JsonValue
@@ -25,7 +26,8 @@ def find_grpo_problems(spec: TrainingRunSpec) -> list[tuple[Path, str]]:
     """Return path and message of every problem; none for a run of another method. The `args` must be without any."""
     if spec.grpo is None:
         return []
-    groups = _groups(spec.grpo, world_size=spec.resources.world_size)
+    world_size = spec.resources.world_size
+    groups = [*_groups(spec.grpo, world_size=world_size), *_evaluated_groups(spec.grpo, world_size=world_size)]
     return [*_rewards(spec.grpo), *groups, *find_rollout_problems(spec), *_signal(spec.grpo)]
 
 
@@ -98,18 +100,50 @@ def _groups(grpo: Grpo, *, world_size: int) -> list[tuple[Path, str]]:
                 f"({rollout} x {_ranks(world_size)}): {_values(groups.of_all)}",
             )
         ]
-    known = [REWARDS[reward.name] for reward in grpo.rewards if reward.name is not None and reward.name in REWARDS]
-    comparing = [info.name for info in known if info.compares_group]
+    comparing = _comparing(grpo)
     if comparing and groups.of_a_rank % groups.num_generations:
         return [
             (
                 path,
-                f"reward {comparing[0]} compares the completions of a prompt, and a rank makes {groups.of_a_rank} "
+                f"reward {comparing} compares the completions of a prompt, and a rank makes {groups.of_a_rank} "
                 f"({rollout}), which are no whole groups of {groups.num_generations}: {_values(groups.of_a_rank)}, or "
                 f"make per_device_train_batch_size x steps_per_generation a multiple of {groups.num_generations}",
             )
         ]
     return []
+
+
+def _evaluated_groups(grpo: Grpo, *, world_size: int) -> list[tuple[Path, str]]:
+    """Find groups that an evaluation would not have whole."""
+    if grpo.args.get("eval_strategy", "no") == "no":
+        return []
+    per_device = _integer(grpo.args, "per_device_eval_batch_size")
+    generations = _integer(grpo.args, "num_generations_eval") or _integer(grpo.args, "num_generations")
+    if per_device < 1 or generations < 1:
+        return []  # the real class says why
+    comparing = _comparing(grpo)
+    if per_device * world_size % generations:
+        together, fault = per_device * world_size, f"and {_ranks(world_size)} make {per_device * world_size} at once"
+        least = generations // math.gcd(generations, world_size)
+    elif comparing and per_device % generations:
+        together, fault = per_device, f"reward {comparing} compares those of a prompt, and a rank makes {per_device}"
+        least = generations
+    else:
+        return []
+    return [
+        (
+            (*_ARGS, "per_device_eval_batch_size"),
+            f"an evaluation makes {generations} completions of each prompt (num_generations_eval, by default "
+            f"num_generations), {fault}, which are no whole groups: write {-(-per_device // least) * least}, or for "
+            f"num_generations_eval {_fitting(together, at_least=1)}",
+        )
+    ]
+
+
+def _comparing(grpo: Grpo) -> str | None:
+    """Return a reward that compares the completions of a prompt, if the run has one."""
+    known = [REWARDS[reward.name] for reward in grpo.rewards if reward.name is not None and reward.name in REWARDS]
+    return next((info.name for info in known if info.compares_group), None)
 
 
 def _signal(grpo: Grpo) -> list[tuple[Path, str]]:
@@ -128,11 +162,15 @@ def _signal(grpo: Grpo) -> list[tuple[Path, str]]:
 
 def _values(total: int) -> str:
     """Return what num_generations may be."""
-    fitting = [number for number in range(2, total + 1) if total % number == 0]
-    if not fitting:
+    if total < 2:
         return "raise per_device_train_batch_size: a group has at least 2"
-    shown = [str(number) for number in fitting[:_SHOWN_VALUES]]
-    return f"write {join_names(shown, conjunction='or')}"
+    return f"write {_fitting(total, at_least=2)}"
+
+
+def _fitting(total: int, *, at_least: int) -> str:
+    """Return the sizes of which a number of completions is whole groups."""
+    fitting = [str(number) for number in range(at_least, total + 1) if total % number == 0]
+    return join_names(fitting[:_SHOWN_VALUES], conjunction="or")
 
 
 def _ranks(number: int) -> str:

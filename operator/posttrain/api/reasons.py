@@ -278,7 +278,7 @@ _CATALOGUE = (
     Reason(
         name="VolumePending",
         message="A volume is not bound or cannot be mounted.",
-        advice="Check the claim and its storage class.",
+        advice="Check the claim and its storage class, and what else the message names.",
     ),
     Reason(
         name="QuotaExceeded",

@@ -73,6 +73,10 @@ _MAX_LENGTH = 10_000_000
 _BARE_SOLUTION = (
     "a solution without LaTeX, as a bare 6, is read as by accuracy, and not left as one that cannot be parsed"
 )
+_ONE_SECOND = (
+    "an answer has a second of processor time in all, however busy the machine, not three seconds for reading it and "
+    "three for comparing it"
+)
 _TEST_BATCH_SIZE = RewardParam(
     name="test_batch_size",
     type="integer",
@@ -90,6 +94,7 @@ REWARDS: Mapping[str, RewardInfo] = {
             description="1 if the answer is mathematically equal to the solution, else 0; nothing where the solution "
             "cannot be parsed.",
             columns=("solution",),
+            differences=(_ONE_SECOND,),
         ),
         RewardInfo(
             name="format",
@@ -117,6 +122,7 @@ REWARDS: Mapping[str, RewardInfo] = {
                 "completions are compared with those of the same row, not with all that are rewarded at the same time",
                 "a solution that cannot be parsed gives nothing, not the reward of a right answer",
                 _BARE_SOLUTION,
+                _ONE_SECOND,
             ),
         ),
         RewardInfo(
@@ -163,6 +169,7 @@ REWARDS: Mapping[str, RewardInfo] = {
                 "min_value_wrong is -1.0 by default, as documented there, not 0.0",
                 "a solution that cannot be parsed gives nothing, not 1.0",
                 _BARE_SOLUTION,
+                _ONE_SECOND,
             ),
         ),
         RewardInfo(
@@ -237,6 +244,8 @@ REWARDS: Mapping[str, RewardInfo] = {
             columns=("verification_info",),
             needs_sandbox=True,
             differences=(
+                "the program runs in the row's language, not always in Python, and its block may be marked with any of "
+                "the language's names, such as py or c++",
                 "the whole output is compared, not the lines that both have",
                 "a test that takes too long fails alone, and not all tests with it",
                 "a sandbox that does not answer gives nothing, not 0",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import orjson
@@ -24,7 +24,6 @@ from posttrain.control.events import build_event
 from posttrain.control.kinds import (
     CONFIG_MAP,
     DEPLOYMENT,
-    EVENT,
     JOB,
     POD,
     PYTORCHJOB,
@@ -47,15 +46,13 @@ from posttrain.control.port import (
     Unavailable,
 )
 from posttrain.control.queues import QueueSetup
+from posttrain.control.waiting import PATIENCE, needs_events, read_creation_events, read_pod_events
 from posttrain.control.wakes import MADE_SECONDS
 from posttrain.errors import InvalidResource, Problem
 from posttrain.plan import labels, names
 from posttrain.plan.kueue import parse_workload, workload_ref
-from posttrain.plan.manifests import is_live, is_of_attempt, parse_time, pod_phase, pods_of_role
-from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
-from posttrain.plan.pytorchjob import job_ref, parse_job_state
+from posttrain.plan.manifests import is_live
 from posttrain.plan.references import has_ended
-from posttrain.plan.rollout_servers import servers_ref
 from posttrain.plan.training_run import plan_training_run
 from posttrain.plan.types import Event, Manifest, ObjectRef, Observed, Plan, StatusPatch
 from posttrain.plan.unreadable import status_of_unreadable
@@ -67,8 +64,6 @@ _OBSTACLE_SECONDS = 30.0
 _REFERENCE_SECONDS = 15.0
 _FLAVOR_SECONDS = 5.0
 """A run that waits for a flavor holds its quota all the while."""
-_PATIENCE = timedelta(seconds=30)
-"""How long a job or a StatefulSet may take to make its pods before its events are asked why."""
 
 _MAKES_PODS = frozenset({DEPLOYMENT, JOB, PYTORCHJOB, STATEFUL_SET})
 
@@ -167,7 +162,8 @@ class Reconciler:
             config_maps=await self._own_code(run, belongings),
             runs=self._referenced_runs(run),
             referrers=self._live_referrers(run),
-            creation_events=await self._creation_events(run, belongings),
+            creation_events=await read_creation_events(self._cluster, run, belongings, now=self._clock()),
+            pod_events=await read_pod_events(self._cluster, run, belongings, now=self._clock()),
             server_key=secrets.token_urlsafe(32),
             kueue=self._cache.is_served(WORKLOAD),
             flavors=await self._queues.flavors(_flavors_of(run, belongings)),
@@ -185,16 +181,6 @@ class Reconciler:
         keys = self._cache.referrers((run.metadata.namespace, run.metadata.name))
         found = ((name, self._cache.get(ObjectKey(*TRAINING_RUN, namespace, name))) for namespace, name in keys)
         return tuple(name for name, other in found if other is not None and not has_ended(other))
-
-    async def _creation_events(self, run: TrainingRun, belongings: Belongings) -> tuple[Manifest, ...]:
-        """Return the events of what does not make its pods: only there does its controller say why."""
-        maker = _maker_without_pods(run, belongings)
-        if maker is None or self._clock() - _created(maker) < _PATIENCE:
-            return ()
-        found = await self._cluster.list(
-            *EVENT, namespace=run.metadata.namespace, field_selector=f"involvedObject.uid={maker['metadata']['uid']}"
-        )
-        return tuple(found.items)
 
     async def _own_code(self, run: TrainingRun, belongings: Belongings) -> dict[str, dict[str, str]]:
         """Return the data of the ConfigMap that the spec names, until the run has a snapshot of it."""
@@ -428,30 +414,9 @@ def _look_again(
     reference = _reference_seconds(run, plan, belongings)
     if reference is not None:
         waits.append(reference)
-    if _maker_without_pods(run, belongings) is not None:
-        waits.append(_PATIENCE.total_seconds())
+    if needs_events(run, belongings):
+        waits.append(PATIENCE.total_seconds())
     return min(waits, default=None)
-
-
-def _maker_without_pods(run: TrainingRun, belongings: Belongings) -> Manifest | None:
-    """Return prepare's job, the current attempt's, or the rollout servers, where not all of its pods are there."""
-    attempt = run.status.attempt or 0
-    prepare = belongings.objects.get(prepare_ref(run.metadata.name)) if not attempt else None
-    if prepare is not None:
-        alive = (pod for pod in pods_of_role(belongings.pods, labels.ROLE_PREPARE) if pod_phase(pod) != "Failed")
-        return prepare if parse_prepare_state(prepare).phase == "Pending" and not any(alive) else None
-    job = belongings.objects.get(job_ref(run.metadata.name, attempt=attempt))
-    pods = sum(1 for pod in belongings.pods if is_of_attempt(pod, attempt))
-    if job is not None and pods < run.spec.resources.num_nodes and parse_job_state(job).phase == "Pending":
-        return job
-    servers, wanted = belongings.objects.get(servers_ref(run.metadata.name)), run.spec.rollout_servers
-    if servers is None or wanted is None or len(pods_of_role(belongings.pods, labels.ROLE_SERVER)) >= wanted.replicas:
-        return None
-    return servers
-
-
-def _created(manifest: Manifest) -> datetime:
-    return parse_time(manifest["metadata"].get("creationTimestamp")) or datetime.now(UTC)
 
 
 def _flavors_of(run: TrainingRun, belongings: Belongings) -> tuple[str, ...]:

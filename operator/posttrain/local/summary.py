@@ -87,7 +87,7 @@ def _numbers(run: TrainingRun, *, records: Records) -> list[tuple[str, str]]:
         *(
             (figure.label, f"{figure.value} ({figure.note})" if figure.note else figure.value)
             for figure in figures
-            if figure.label != "Duration" and figure.value != "0"
+            if figure.label != "Duration" and (figure.label, figure.value) != ("Restarts", "0")
         ),
     ]
 

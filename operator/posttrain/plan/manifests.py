@@ -13,6 +13,7 @@ from posttrain.plan import labels
 from posttrain.plan.types import Manifest
 
 _SILENCE = timedelta(seconds=120)
+_SET_UP_REASONS = frozenset({"ContainerCreating", "PodInitializing"})
 _LIVE_PHASES = frozenset({"Pending", "Running", "Unknown"})
 
 
@@ -74,6 +75,27 @@ def is_out_of_sight(pod: Mapping[str, Any]) -> bool:
     containers = (pod.get("status") or {}).get("containerStatuses") or ()
     told = bool(containers) and all(container.get("ready") for container in containers)
     return told and pod_phase(pod) == "Running" and ready is not None and ready.get("status") == "False"
+
+
+def is_being_set_up(pod: Mapping[str, Any]) -> bool:
+    """Return whether a pod's node has yet to bring what its containers need: volumes, and the pod's own network.
+
+    While an image is pulled a container is said to wait alike; but then the pod is ready to start containers
+    (KEP-3085, from Kubernetes 1.29 on).
+    """
+    if pod_phase(pod) != "Pending" or node_name(pod) is None or is_being_deleted(pod):
+        return False
+    status = pod["status"]
+    ready = pod_condition(pod, "PodReadyToStartContainers") or {}
+    containers = (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ()))
+    waiting = ((container.get("state") or {}).get("waiting") or {} for container in containers)
+    return ready.get("status") != "True" and all(state.get("reason") in _SET_UP_REASONS for state in waiting)
+
+
+def scheduled_time(pod: Mapping[str, Any]) -> datetime | None:
+    """Return when a pod was bound to its node, else when it was made."""
+    scheduled = pod_condition(pod, "PodScheduled") or {}
+    return parse_time(scheduled.get("lastTransitionTime") or pod["metadata"].get("creationTimestamp"))
 
 
 def is_of_attempt(pod: Mapping[str, Any], attempt: int) -> bool:

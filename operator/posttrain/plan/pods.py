@@ -11,7 +11,14 @@ from typing import Any
 
 from posttrain.plan import names
 from posttrain.plan.attempts import Gang
-from posttrain.plan.manifests import container_status, is_out_of_sight, node_name, pod_condition, pod_phase
+from posttrain.plan.manifests import (
+    container_status,
+    is_being_set_up,
+    is_out_of_sight,
+    node_name,
+    pod_condition,
+    pod_phase,
+)
 from posttrain.plan.status import Says
 from posttrain.plan.types import Manifest
 
@@ -36,6 +43,8 @@ _START_REASONS = frozenset(
     }
 )
 """With these and those above a kubelet says why a container waits (k8s.io/kubernetes, pkg/kubelet)."""
+_VOLUME_EVENTS = frozenset({"FailedMount", "FailedAttachVolume", "FailedMapVolume"})
+_SANDBOX_EVENT = "FailedCreatePodSandBox"
 _VOLUME_WORDS = ("PersistentVolumeClaim", "persistentvolumeclaim", "volume node affinity", "volume")
 _NOT_CREATED = "FailedCreate"
 """Beginning of the reasons with which the training operator, and the StatefulSet controller, say that they could not
@@ -59,22 +68,25 @@ def explain_running(gang: Gang) -> Says:
     return Says("Unknown", "NodeUnreachable", message)
 
 
-def explain_waiting(gang: Gang, *, creation_events: Iterable[Manifest] = ()) -> Says:
+def explain_waiting(
+    gang: Gang, *, creation_events: Iterable[Manifest] = (), pod_events: Iterable[Manifest] = ()
+) -> Says:
     """Return why not every pod of the gang runs: the first obstacle found, else how many run."""
     job = names.attempt_name(gang.run, attempt=gang.attempt)
     refused = find_refusal(creation_events, of=job, missing=gang.size - len(gang.pods), size=gang.size)
     if refused is not None:
         return refused
-    obstacle = find_obstacle(gang.pods)
+    obstacle = find_obstacle(gang.pods, events=pod_events)
     if obstacle is not None:
         return obstacle
     ready = sum(1 for pod in gang.pods if pod_phase(pod) == "Running")
     return Says("False", "PodsStarting", f"{ready} of {gang.size} pods run")
 
 
-def find_obstacle(pods: Iterable[Manifest]) -> Says | None:
-    """Return what keeps the first of the pods that is kept from it from starting."""
-    found = (_unscheduled(pod) or _unstarted(pod) for pod in pods)
+def find_obstacle(pods: Iterable[Manifest], *, events: Iterable[Manifest] = ()) -> Says | None:
+    """Return what keeps the first of the pods that is kept from it from starting; `events` may be about any pods."""
+    known = tuple(events)
+    found = (_unscheduled(pod) or _unstarted(pod) or _unset(pod, known) for pod in pods)
     return next((obstacle for obstacle in found if obstacle is not None), None)
 
 
@@ -130,3 +142,16 @@ def _unstarted(pod: Manifest) -> Says | None:
             message = f"pod {pod['metadata']['name']}: {waiting.get('message') or reason}"
             return Says("False", "ImagePullFailed" if reason in _PULL_REASONS else "ContainerNotStarted", message)
     return None
+
+
+def _unset(pod: Manifest, events: Iterable[Manifest]) -> Says | None:
+    """Return why a pod's node is not done with what its containers need: its last event decides, as others are past."""
+    uid = pod["metadata"].get("uid")
+    about = [event for event in events if uid and (event.get("involvedObject") or {}).get("uid") == uid]
+    if not about or not is_being_set_up(pod):
+        return None
+    last = max(about, key=_last_seen)
+    reason, message = last.get("reason"), f"pod {pod['metadata']['name']}: {last.get('message') or last.get('reason')}"
+    if reason in _VOLUME_EVENTS:
+        return Says("False", "VolumePending", message)
+    return Says("False", "ContainerNotStarted", message) if reason == _SANDBOX_EVENT else None

@@ -100,7 +100,7 @@ def _judge_unfinished(situation: Situation) -> Preparation:
     live = [pod for pod in pods if is_live(pod, now=situation.now)]
     waiting = [pod for pod in live if pod_phase(pod) == "Pending" and not is_being_deleted(pod)]
     refused = find_refusal(situation.observed.creation_events, of=job, missing=0 if live else 1, size=1)
-    obstacle = refused or find_obstacle(waiting)
+    obstacle = refused or find_obstacle(waiting, events=situation.observed.pod_events)
     deadline = prepare_deadline(situation)
     if deadline is None or situation.now < deadline:
         return Preparation(state="Running", obstacle=obstacle, look_again=deadline)

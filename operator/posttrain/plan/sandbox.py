@@ -157,7 +157,8 @@ def explain_unready(run: str, observed: Observed) -> Says | None:
     if ended is not None:
         return Says("False", "SandboxFailed", ended)
     refused = _refusal(status) if not pods else None
-    return find_obstacle(pods) or refused or Says("False", "SandboxStarting", "the sandbox is starting")
+    obstacle = find_obstacle(pods, events=observed.pod_events)
+    return obstacle or refused or Says("False", "SandboxStarting", "the sandbox is starting")
 
 
 def _refusal(status: Mapping[str, Any]) -> Says | None:

@@ -33,7 +33,8 @@ def explain_servers(situation: Situation) -> Says:
         size=servers.replicas,
     )
     loading = f"{count_ready(pods)} of {servers.replicas} servers answer"
-    return refused or find_obstacle(pods) or Says("False", "Loading", loading)
+    obstacle = refused or find_obstacle(pods, events=situation.observed.pod_events)
+    return obstacle or Says("False", "Loading", loading)
 
 
 def never_answers(situation: Situation) -> str | None:

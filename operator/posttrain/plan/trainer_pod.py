@@ -48,6 +48,8 @@ POD_SECURITY: Mapping[str, Any] = {
 }
 _TOKEN_SECONDS = 3600
 _RUNTIME_SIZE = "64Mi"
+_LOADING_SECONDS = 3600
+"""After which a rollout server that does not answer yet is started anew: the last lines of its log are told then."""
 
 
 def build_trainer_template(inputs: PodInputs) -> dict[str, Any]:
@@ -69,8 +71,13 @@ def build_trainer_template(inputs: PodInputs) -> dict[str, Any]:
 
 
 def build_server_template(inputs: PodInputs) -> dict[str, Any]:
-    """Return the pod template of a rollout server: nothing but its readiness is asked, as loading takes its time."""
+    """Return the pod template of a rollout server, which has its time to load; once it answers, only that is asked."""
     run, profile = inputs.run, inputs.profile
+    health: dict[str, Any] = {
+        "httpGet": {"path": "/health", "port": SERVER_PORT},
+        "periodSeconds": 5,
+        "timeoutSeconds": 5,
+    }
     servers = run.spec.rollout_servers
     assert servers is not None
     cpu, memory = servers.cpu or profile.cpu, servers.memory or profile.memory
@@ -82,12 +89,8 @@ def build_server_template(inputs: PodInputs) -> dict[str, Any]:
             "command": ["python", "-m", "posttrain_workloads.serve"],
             "env": server_environment(inputs, cpu=cpu, ranks=run.spec.server_engine_size),
             "ports": [{"name": "http", "containerPort": SERVER_PORT, "protocol": "TCP"}],
-            "readinessProbe": {
-                "httpGet": {"path": "/health", "port": SERVER_PORT},
-                "periodSeconds": 5,
-                "timeoutSeconds": 5,
-                "failureThreshold": 6,
-            },
+            "startupProbe": {**health, "failureThreshold": _LOADING_SECONDS // health["periodSeconds"]},
+            "readinessProbe": {**health, "failureThreshold": 6},
             "resources": _resources(profile, cpu=cpu, memory=memory, gpus=run.spec.server_gpus, devices={}),
         },
         own_labels={**labels.run_labels(run.metadata.name), labels.ROLE: labels.ROLE_SERVER},

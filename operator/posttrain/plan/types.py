@@ -84,6 +84,8 @@ class Observed:
     """Names of the runs that have not ended and refer to this one."""
     creation_events: tuple[Manifest, ...] = ()
     """Events (core/v1) about what has not made all its pods: prepare's job, the attempt's, or the rollout servers."""
+    pod_events: tuple[Manifest, ...] = ()
+    """Events (core/v1) about pods that are bound to a node and whose containers are not created for long."""
     server_key: str = ""
     """A new random key, for rollout servers that are made now."""
     kueue: bool = False

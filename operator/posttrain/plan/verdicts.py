@@ -94,7 +94,10 @@ def explain_gang(situation: Situation) -> Says:
     if situation.awaits_quota:
         return explain_quota(situation)
     unserved = explain_unserved(situation)
-    return unserved or explain_waiting(situation.gang, creation_events=situation.observed.creation_events)
+    observed = situation.observed
+    return unserved or explain_waiting(
+        situation.gang, creation_events=observed.creation_events, pod_events=observed.pod_events
+    )
 
 
 def explain_unserved(situation: Situation) -> Says | None:

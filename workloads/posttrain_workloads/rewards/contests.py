@@ -20,6 +20,11 @@ from posttrain_workloads.rewards.programs import RunPrograms, batches_of, same_o
 TESTS_FOLDER_VARIABLE = "CF_TESTS_FOLDER"
 """Names the folder with the generated tests of open-r1/codeforces, as for open-r1."""
 
+TESTS_MISSING = (
+    "the row's tests are not complete without the generated ones of open-r1/codeforces: name the folder that holds "
+    f"them in ${TESTS_FOLDER_VARIABLE}"
+)
+
 _MIB = 1 << 20
 _LEAST_MEMORY_BYTES = 64 * _MIB
 """An interpreter's own; some problems of long ago allow less than that."""
@@ -120,10 +125,7 @@ def score_codeforces(
 ) -> float | None:
     """Return the score of a program, as `cf_code` says."""
     if problem.tests is None:
-        raise ExecutionError(
-            "the row's tests are not complete without the generated ones of open-r1/codeforces: name the folder that "
-            f"holds them in ${TESTS_FOLDER_VARIABLE}"
-        )
+        raise ExecutionError(TESTS_MISSING)
     if not problem.tests:
         return None
     if source is None:

@@ -15,6 +15,7 @@ import atexit
 import hashlib
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -342,9 +343,21 @@ def share_pool(grader: Grader | None) -> None:
 
 
 def default_workers(environ: Mapping[str, str]) -> int:
-    """Return this rank's part of the processors that its node lets it use."""
+    """Return this rank's part of the processors that its node and its container let it use."""
     processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, processors // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+    allowed = min(processors, processor_limit(Path("/sys/fs/cgroup")))
+    return max(1, int(allowed) // int(environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def processor_limit(groups: Path) -> float:
+    """Return the limit of a container whose control groups are mounted there, in processors; infinity: it has none."""
+    if (file := groups / "cpu.max").is_file():  # version 2
+        quota, period = file.read_text().split()
+    elif (file := groups / "cpu" / "cpu.cfs_quota_us").is_file():  # version 1
+        quota, period = file.read_text().strip(), file.with_name("cpu.cfs_period_us").read_text()
+    else:
+        return math.inf
+    return math.inf if quota in {"max", "-1"} else int(quota) / int(period)
 
 
 def _forget_shared() -> None:

@@ -26,7 +26,7 @@ from posttrain.control.kinds import (
     WORKLOAD_PRIORITY_CLASS,
     Kind,
 )
-from posttrain.control.port import Conflict, ObjectKey, Rejected, Unavailable
+from posttrain.control.port import Conflict, InternalError, ObjectKey, Rejected, Unavailable
 from posttrain.plan.types import Manifest
 from tests.support.bench import RUN, Bench, wait_out_pending_deadline
 from tests.support.builders import build_other_run
@@ -722,7 +722,11 @@ def test_a_cluster_without_the_training_operator_is_told_to_the_user() -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("error", [Unavailable("timeout", retry_after=3), Crash()], ids=["unavailable", "crash"])
+@pytest.mark.parametrize(
+    "error",
+    [Unavailable("timeout", retry_after=3), InternalError("etcdserver: leader changed"), Crash()],
+    ids=["unavailable", "internal", "crash"],
+)
 def test_whichever_call_of_a_start_breaks_the_run_ends_up_the_same(when: Any, error: BaseException) -> None:
     undisturbed = Bench()
     undisturbed.submit()
@@ -751,6 +755,182 @@ def test_an_answer_that_the_server_owes_is_the_queues_to_wait_for() -> None:
     with pytest.raises(Unavailable) as raised:
         bench.look()
     assert raised.value.retry_after == 7
+
+
+WEBHOOK = 'Internal error occurred: failed calling webhook "v.example.com": connection refused (HTTP 500)'
+
+
+def break_webhook(bench: Bench, *kinds: Kind, methods: tuple[str, ...] = ("create", "apply", "patch")) -> None:
+    """Let every write of these kinds fail as where a webhook does not answer (failurePolicy: Fail)."""
+    bench.port.refuse = lambda call: InternalError(WEBHOOK) if call.kind in kinds and call.method in methods else None
+
+
+def look_for(bench: Bench, seconds: float) -> None:
+    """Look as the queue does at what failed: again and again, and later each time."""
+    until, delay = bench.now.timestamp() + seconds, 0.2
+    while bench.now.timestamp() < until:
+        try:
+            bench.settle()
+        except Unavailable:
+            bench.wait(delay)
+            delay *= 2
+        else:
+            return
+
+
+def test_a_child_at_which_the_server_goes_on_failing_is_told_in_its_words_and_made_when_it_does_not() -> None:
+    bench = Bench()
+    bench.submit(prepare={"enabled": True})
+    break_webhook(bench, NETWORK_POLICY)
+    look_for(bench, seconds=10)
+
+    assert [condition.type for condition in bench.status.conditions or ()] == list(TRAINING_RUN_CONDITIONS)
+    assert bench.says("Accepted") == bench.says("Succeeded") == ("False", "ChildRejected")
+    assert bench.says("Stalled") == ("True", "ChildRejected")
+    assert bench.condition("Accepted").message == f"NetworkPolicy demo was refused: {WEBHOOK}"
+    assert bench.names(JOB) == [], "no pod runs without it"
+    told, version = bench.events(), bench.run["metadata"]["resourceVersion"]
+    assert [event.partition(":")[0] for event in told] == ["ChildRejected"]
+    bench.start()  # a new operator finds it as the old one left it
+    for _ in range(5):
+        bench.wait(31)
+        bench.port.clear()
+        assert bench.settle() == 30
+        assert bench.port.writes() == ["create NetworkPolicy demo"]
+    assert (bench.events(), bench.run["metadata"]["resourceVersion"]) == (told, version)
+
+    bench.port.refuse = lambda call: None
+    bench.wait(31)
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(JOB) == ["Job demo-prepare"]
+
+
+def test_a_webhook_that_is_away_for_a_moment_is_no_news() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    told, before = bench.events(), bench.status
+    bench.others.delete(NETWORK_POLICY, "demo")
+    break_webhook(bench, NETWORK_POLICY)
+    for _ in range(6):
+        with pytest.raises(InternalError):
+            bench.look()
+        bench.wait(0.8)
+    bench.port.refuse = lambda call: None
+    bench.settle()
+
+    assert bench.names(NETWORK_POLICY) == ["NetworkPolicy demo"]
+    assert (bench.events(), bench.status) == (told, before)
+    bench.others.delete(NETWORK_POLICY, "demo")
+    break_webhook(bench, NETWORK_POLICY)
+    bench.wait(10)
+    with pytest.raises(InternalError):
+        bench.look()
+
+
+def test_a_gang_that_cannot_be_made_is_told_of_and_its_attempt_is_counted_once() -> None:
+    bench = Bench()
+    bench.submit()
+    break_webhook(bench, PYTORCHJOB)
+    look_for(bench, seconds=10)
+    assert bench.condition("Accepted").message == f"PyTorchJob demo-a1 was refused: {WEBHOOK}"
+    assert bench.status.attempt == 1
+
+    bench.port.refuse = lambda call: None
+    bench.wait(31)
+    run_gang(bench)
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert (bench.status.attempt, bench.names(PYTORCHJOB)) == (1, ["PyTorchJob demo-a1"])
+
+
+@pytest.mark.parametrize("fails", ["before", "after"])
+def test_what_is_observed_is_told_although_something_cannot_be_carried_out(fails: str) -> None:
+    bench = Bench()
+    bench.submit(restarts={"progressDeadlineSeconds": 600, "maxInfrastructureRestarts": 0})
+    bench.settle()
+    bench.others.make_pods()
+    bench.others.run_pods(1)
+    if fails == "after":
+        bench.settle()
+    bench.others.delete(NETWORK_POLICY, "demo")
+    break_webhook(bench, NETWORK_POLICY)
+    bench.others.tell(STARTED, attempt=1)
+    with pytest.raises(InternalError):
+        bench.look()
+
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert (bench.status.stage, bench.says("PodsReady")) == ("Training", ("True", "AllPodsRunning"))
+    assert bench.status.attempt_running_time == bench.now
+    look_for(bench, seconds=10)
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert (bench.status.stage, bench.says("PodsReady")) == ("Training", ("True", "AllPodsRunning"))
+    bench.wait(601)
+    look_for(bench, seconds=10)
+    assert bench.says("Finished") == ("True", "ProgressStalled")
+
+
+def test_a_failure_beside_a_conflict_does_not_hide_it() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.others.delete(SERVICE_ACCOUNT, "demo")
+    bench.cluster.put(foreign(SERVICE_ACCOUNT))
+    bench.settle()
+    told, version = bench.events(), bench.run["metadata"]["resourceVersion"]
+    bench.others.delete(NETWORK_POLICY, "demo")
+    break_webhook(bench, NETWORK_POLICY)
+    bench.wait(31)
+    bench.settle()
+
+    assert bench.says("Accepted") == ("False", "NameConflict")
+    assert (bench.events(), bench.run["metadata"]["resourceVersion"]) == (told, version)
+
+
+def test_an_api_server_that_fails_at_everything_refuses_no_child() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    told = bench.events()
+    bench.others.delete(NETWORK_POLICY, "demo")
+    bench.port.refuse = lambda call: InternalError("etcdserver: no leader")
+    for _ in range(20):
+        with pytest.raises(InternalError):
+            bench.look()
+        bench.wait(7)
+    bench.port.refuse = lambda call: Unavailable("connection refused")
+    for _ in range(20):
+        with pytest.raises(Unavailable):
+            bench.look()
+        bench.wait(7)
+    bench.port.refuse = lambda call: None
+    bench.look()
+
+    assert bench.names(NETWORK_POLICY) == ["NetworkPolicy demo"]
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.events() == told
+
+
+@pytest.mark.parametrize("error", [InternalError(WEBHOOK), Rejected("denied by policy")], ids=["fails", "refuses"])
+def test_what_cannot_be_deleted_is_told_and_tried_until_it_can(error: Exception) -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.port.refuse = lambda call: error if (call.method, call.kind) == ("delete", PYTORCHJOB) else None
+    bench.others.change_run(suspend=True)
+    look_for(bench, seconds=10)
+    assert (bench.status.stage, bench.status.attempt) == ("Suspended", 2)
+    assert bench.condition("Accepted").message == f"PyTorchJob demo-a1 was refused: {error}"
+    bench.port.clear()
+    bench.wait(31)
+    assert bench.settle() == 30
+    assert bench.port.writes() == ["delete PyTorchJob demo-a1"]
+
+    bench.port.refuse = lambda call: None
+    bench.wait(31)
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(PYTORCHJOB) == []
 
 
 def test_whoever_wrote_in_between_wins_and_is_planned_with() -> None:
@@ -1201,6 +1381,35 @@ def test_a_priority_that_is_missing_is_looked_for_now_and_then() -> None:
     bench.wait(15)
     bench.settle()
     assert child(bench, WORKLOAD)["spec"]["priority"] == 7
+
+
+@pytest.mark.parametrize("error", [InternalError(WEBHOOK), Rejected("denied by policy")], ids=["fails", "refuses"])
+def test_a_gang_runs_although_kueue_cannot_be_told_so(error: Exception) -> None:
+    bench = Bench()
+    bench.submit(resources=QUEUE, pendingDeadlineSeconds=60)
+    bench.settle()
+    admit(bench, flavor="default")
+    bench.cluster.put(kueue_object(RESOURCE_FLAVOR, "default", spec={}))
+    bench.port.refuse = lambda call: error if call.kind == WORKLOAD and call.method == "patch" else None
+    look_for(bench, seconds=10)
+    bench.others.make_pods()
+    bench.others.run_pods(1)
+    bench.others.tell(STARTED, attempt=1)
+    look_for(bench, seconds=10)
+
+    assert (bench.status.stage, bench.says("PodsReady")) == ("Training", ("True", "AllPodsRunning"))
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert bench.condition("Accepted").message == f"Workload demo was refused: {error}"
+    bench.wait(61)
+    look_for(bench, seconds=10)
+    assert bench.says("Finished") == ("False", "ChildRejected"), "it ran in time"
+
+    bench.port.refuse = lambda call: None
+    bench.wait(31)
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    told = {condition["type"]: condition["status"] for condition in child(bench, WORKLOAD)["status"]["conditions"]}
+    assert told["PodsReady"] == "True"
 
 
 def test_a_gang_that_a_conflict_keeps_from_its_quota_has_its_pending_deadline_and_is_told_why() -> None:

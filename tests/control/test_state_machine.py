@@ -29,7 +29,7 @@ from posttrain.control.kinds import (
     Kind,
 )
 from posttrain.control.observe import controller_of
-from posttrain.control.port import ClusterError, Conflict, ObjectKey, Unavailable
+from posttrain.control.port import ClusterError, Conflict, InternalError, ObjectKey, Unavailable
 from posttrain.plan import labels
 from posttrain.plan.manifests import is_being_deleted, is_live, pod_phase
 from posttrain.plan.types import Manifest
@@ -41,7 +41,9 @@ EXAMPLES = int(os.environ.get("POSTTRAIN_STATE_MACHINE_EXAMPLES", "40"))
 EXIT_CODES = (1, 2, 137, 138, 143)
 MAX_INFRASTRUCTURE, MAX_APPLICATION = 3, 2
 
-ERRORS = st.sampled_from([Unavailable("timeout"), Conflict("the object has been modified"), Crash()])
+ERRORS = st.sampled_from(
+    [Unavailable("timeout"), InternalError("a webhook is away"), Conflict("the object has been modified"), Crash()]
+)
 FAULTS = st.builds(lambda when, error: Fault(when=when, error=error), st.sampled_from(["before", "after"]), ERRORS)
 CALLS = st.lists(st.none() | FAULTS, max_size=9)
 """What becomes of the next calls of the operator."""

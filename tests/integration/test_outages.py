@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster.cluster import TestCluster
 from tests.support.api_proxy import ApiProxy, ApiRequest, watch_error
-from tests.support.cluster_runs import ClusterRun
+from tests.support.cluster_runs import ClusterRun, message_of, reasons
 from tests.support.operator_process import OperatorProcess, Replicas
 from tests.support.processes import wait_for
 
@@ -160,6 +160,43 @@ def test_a_run_whose_deletion_nobody_told_of_gets_no_children(
 
     made = [str(asked) for asked in proxy.writes(run.namespace) if asked.at > deleted and asked.method == "POST"]
     assert made == []
+
+
+def test_a_webhook_that_does_not_answer_is_told_and_the_run_begins_when_it_is_gone(
+    faulty_cluster: TestCluster, operator: OperatorProcess, faulty_namespace: str
+) -> None:
+    webhook = {
+        "name": "policies.example.com",
+        # Nothing listens there.
+        "clientConfig": {"url": "https://127.0.0.1:9/validate"},
+        "rules": [
+            {
+                "apiGroups": ["networking.k8s.io"],
+                "apiVersions": ["v1"],
+                "operations": ["CREATE"],
+                "resources": ["networkpolicies"],
+            }
+        ],
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": faulty_namespace}},
+        "failurePolicy": "Fail",
+        "sideEffects": "None",
+        "admissionReviewVersions": ["v1"],
+    }
+    kind = {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration"}
+    faulty_cluster.apply([{**kind, "metadata": {"name": faulty_namespace}, "webhooks": [webhook]}])
+    run = ClusterRun(faulty_cluster, faulty_namespace)
+    try:
+        run.apply()
+        told = run.await_status(lambda status: reasons(status)["Accepted"][1] == "ChildRejected", what="the refusal")
+        pods = run.kubectl("get", "pods,pytorchjobs", "--output", "name")
+    finally:
+        faulty_cluster.kubectl("delete", "validatingwebhookconfiguration", faulty_namespace)
+    message = message_of(told, "Accepted")
+    assert message.startswith(f"NetworkPolicy {run.name} was refused: Internal error occurred: failed calling webhook")
+    assert pods == ""
+
+    run.await_running()
+    assert run.status()["attempt"] == 1
 
 
 def seconds_until_made(proxy: ApiProxy, resource: str, name: str) -> float:

@@ -187,6 +187,22 @@ def test_a_gang_without_room_says_what_it_waits_for(run: ClusterRun) -> None:
     assert reasons(run.await_stage("Failed"))["Succeeded"] == ("False", "PendingDeadlineExceeded")
 
 
+def test_a_prepare_that_gets_no_pod_says_why_and_waits_no_longer_than_it_may(run: ClusterRun) -> None:
+    run.kubectl("create", "quota", "none", "--hard=requests.cpu=0")
+    run.apply(prepare={"enabled": True}, pendingDeadlineSeconds=600)
+
+    waiting = run.await_status(lambda s: reasons(s)["Prepared"][1] == "QuotaExceeded", what="the refusal")
+
+    assert message_of(waiting, "Prepared").startswith("1 of 1 pods cannot be created: pods ")
+    assert "exceeded quota: none" in message_of(waiting, "Succeeded")
+    run.patch({"pendingDeadlineSeconds": 1})
+    ended = run.await_stage("Failed")
+    assert reasons(ended)["Succeeded"] == reasons(ended)["Prepared"] == ("False", "PendingDeadlineExceeded")
+    run.cluster.await_json(
+        "jobs", "--namespace", run.namespace, until=lambda found: not found["items"], what="the end of prepare"
+    )
+
+
 def test_ttl_removes_a_finished_run(run: ClusterRun) -> None:
     run.apply(ttlSecondsAfterFinished=1)
     run.await_running()

@@ -181,9 +181,18 @@ def pod_token(cluster: TestCluster, namespace: str, pod: str, *, audience: str) 
 
 
 def add_claim(
-    cluster: TestCluster, namespace: str, name: str, *, folder: Path = Path("/nowhere"), size: str = "1Gi"
+    cluster: TestCluster,
+    namespace: str,
+    name: str,
+    *,
+    folder: Path = Path("/nowhere"),
+    size: str = "1Gi",
+    must_exist: bool = False,
 ) -> None:
-    """Make a claim with its volume, a folder of the node; nodes that are played mount nothing."""
+    """Make a claim with its volume, a folder of the node; nodes that are played mount nothing.
+
+    `must_exist`: the node mounts no folder that is not there, instead of making it.
+    """
     volume = f"{namespace}-{name}"
     shared = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
     cluster.apply(
@@ -195,7 +204,7 @@ def add_claim(
                 "spec": {
                     **shared,
                     "capacity": {"storage": size},
-                    "hostPath": {"path": str(folder)},
+                    "hostPath": {"path": str(folder), "type": "Directory" if must_exist else ""},
                     "claimRef": {"namespace": namespace, "name": name},
                 },
             },

@@ -88,8 +88,9 @@ _CATALOGUE = (
     ),
     Reason(
         name="ChildRejected",
-        message="The API server refuses an object that the run needs.",
-        advice="Mend what the message names (a quota, a webhook's rule, a right); it is tried again by itself.",
+        message="The API server refuses an object that the run needs, or fails at it again and again.",
+        advice="Mend what the message names (a quota, a webhook's rule or one that does not answer, a right); it is "
+        "tried again by itself.",
     ),
     Reason(
         name="ReferencePending",

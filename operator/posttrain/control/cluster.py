@@ -26,6 +26,7 @@ from posttrain.control.port import (
     ClusterError,
     Conflict,
     Expired,
+    InternalError,
     NotFound,
     ObjectKey,
     ObjectList,
@@ -322,7 +323,8 @@ def _error(code: int, status: Mapping[str, Any], *, creates: bool, retry_after: 
         return Expired(message)
     if code in (400, 403, 405, 413, 415, 422):
         return Rejected(message)
-    return Unavailable(f"{message} (HTTP {code})", retry_after=retry_after)
+    kind = InternalError if code in (500, 504) else Unavailable
+    return kind(f"{message} (HTTP {code})", retry_after=retry_after)
 
 
 def _describe(error: BaseException) -> str:

@@ -86,6 +86,10 @@ class Unavailable(ClusterError):
         self.retry_after = retry_after
 
 
+class InternalError(Unavailable):
+    """500 or 504: the server could not do this one request; a webhook that it has to ask does not answer, for one."""
+
+
 class Cluster(Protocol):
     """The API server. Every call has a time limit and may raise `Unavailable`."""
 

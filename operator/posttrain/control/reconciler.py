@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -35,6 +34,7 @@ from posttrain.control.kinds import (
     Kind,
 )
 from posttrain.control.observe import Belongings, is_of_run, sort_belongings
+from posttrain.control.obstacles import Obstacles, Postponed
 from posttrain.control.port import (
     MANAGER,
     AlreadyExists,
@@ -43,7 +43,7 @@ from posttrain.control.port import (
     Conflict,
     NotFound,
     ObjectKey,
-    Rejected,
+    Unavailable,
 )
 from posttrain.control.queues import QueueSetup
 from posttrain.control.waiting import PATIENCE, needs_events, read_creation_events, read_pod_events
@@ -70,18 +70,6 @@ _MAKES_PODS = frozenset({DEPLOYMENT, JOB, PYTORCHJOB, STATEFUL_SET})
 log = structlog.get_logger(__name__)
 
 
-@dataclass
-class _Obstacles:
-    """What kept a run's children from being made. After a while it is tried again, before any status is written."""
-
-    since: datetime
-    foreign: set[ObjectRef] = field(default_factory=set)
-    rejected: dict[ObjectRef, str] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.foreign) + len(self.rejected)
-
-
 class _Changed(Exception):
     """What was planned from is not so any more: look again."""
 
@@ -105,7 +93,7 @@ class Reconciler:
         self._authority = authority
         self._queues = queues
         self._clock = clock
-        self._obstacles: dict[RunKey, _Obstacles] = {}
+        self._obstacles: dict[RunKey, Obstacles] = {}
 
     async def reconcile(self, run_key: RunKey) -> float | None:
         """Make it so, and return after how many seconds to look again without any news.
@@ -118,6 +106,12 @@ class Reconciler:
                 return await self._look(run_key)
             except _Changed as change:
                 log.debug("looking again", run="/".join(run_key), because=str(change))
+            except Postponed as postponed:
+                raise postponed.error from None
+            except Unavailable:
+                # What the server failed at before may have been the same.
+                self._obstacles.pop(run_key, None)
+                raise
         raise Conflict(f"{'/'.join(run_key)} changed {_ROUNDS} times while it was looked at")
 
     async def _look(self, run_key: RunKey) -> float | None:
@@ -134,6 +128,7 @@ class Reconciler:
             await self._refuse(manifest, error.problems)
             return None
         obstacles = self._known_obstacles(run_key)
+        known = obstacles.refs
         observed = await self._observe(run, belongings, obstacles)
         plan = plan_training_run(run, observed, now=self._clock(), settings=self._settings)
         if plan.delete_run:
@@ -141,14 +136,22 @@ class Reconciler:
             return None
         if plan.status_first:
             await self._record(manifest, plan)
-        made = await self._carry_out(run, plan, belongings, obstacles)
+        try:
+            made = await self._carry_out(run, plan, belongings, obstacles)
+        except Postponed:
+            if obstacles.refs != known:
+                raise _Changed("something stands in the way of a child") from None
+            # The first status of all pins what the children hold, the code among it: it waits for them.
+            if not plan.status_first and run.status.provenance is not None:
+                await self._record(manifest, plan)
+            raise
         if not plan.status_first:
             await self._record(manifest, plan)
         return _look_again(run, plan, belongings, obstacles, made=made)
 
     # --- Observing ---------------------------------------------------------------------------------------------------
 
-    async def _observe(self, run: TrainingRun, belongings: Belongings, obstacles: _Obstacles) -> Observed:
+    async def _observe(self, run: TrainingRun, belongings: Belongings, obstacles: Obstacles) -> Observed:
         return Observed(
             objects=belongings.objects,
             pods=belongings.pods,
@@ -190,26 +193,28 @@ class Reconciler:
             return {}
         return {code.config_map_name: dict(found.get("data") or {})}
 
-    def _known_obstacles(self, run_key: RunKey) -> _Obstacles:
+    def _known_obstacles(self, run_key: RunKey) -> Obstacles:
         now, known = self._clock(), self._obstacles.get(run_key)
         if known is None or (now - known.since).total_seconds() >= _OBSTACLE_SECONDS:
-            known = self._obstacles[run_key] = _Obstacles(since=now)
+            known = self._obstacles[run_key] = Obstacles(since=now)
         return known
 
     # --- Carrying out ------------------------------------------------------------------------------------------------
 
-    async def _carry_out(self, run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles) -> bool:
+    async def _carry_out(self, run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: Obstacles) -> bool:
         """Delete, create and repair what the plan says; return whether something was created."""
+        known, made = obstacles.refs, False
         for ref in plan.deletes:
-            await self._delete(run, belongings.objects[ref])
+            if ("delete", ref) not in obstacles.vain:
+                await self._delete(run, belongings.objects[ref], obstacles)
         for patch in plan.patches:
-            await self._patch(run, patch)
-        known, made = len(obstacles), False
+            if ("patch", patch.ref) not in obstacles.vain:
+                await self._patch(run, patch, obstacles)
         if plan.objects:
             await self._bring_authority(run, obstacles)
         for wanted in plan.objects:
             observed = belongings.objects.get(ObjectRef.of(wanted))
-            if observed is None and len(obstacles) > known and _kind_of(wanted) in _MAKES_PODS:
+            if observed is None and obstacles.refs != known and _kind_of(wanted) in _MAKES_PODS:
                 # Its pods would run with another's configuration, or without what was refused.
                 continue
             if observed is None:
@@ -217,38 +222,44 @@ class Reconciler:
                 made = True
             elif has_drifted(observed, wanted=wanted):
                 await self._repair(observed, wanted, run, obstacles)
-        if len(obstacles) > known:
-            raise _Changed("a child could not be made")
+        if obstacles.refs != known:
+            raise _Changed("something stands in the way of a child")
         return made
 
-    async def _bring_authority(self, run: TrainingRun, obstacles: _Obstacles) -> None:
+    async def _bring_authority(self, run: TrainingRun, obstacles: Obstacles) -> None:
         """See that the run's pods find the authority that they check the progress server against."""
         ref = ObjectRef(*CONFIG_MAP, self._settings.progress_server.ca_config_map)
         try:
-            await self._authority.ensure(run.metadata.namespace)
-        except (ForeignAuthority, Rejected) as error:
+            ensured = self._authority.ensure(run.metadata.namespace)
+            await obstacles.ask("ensure", ensured, about=ref, run=run, now=self._clock())
+        except ForeignAuthority as error:
             obstacles.rejected[ref] = str(error)
 
-    async def _delete(self, run: TrainingRun, child: Manifest) -> None:
+    async def _delete(self, run: TrainingRun, child: Manifest, obstacles: Obstacles) -> None:
         key = ObjectKey(child["apiVersion"], child["kind"], run.metadata.namespace, child["metadata"]["name"])
         try:
-            await self._cluster.delete(key, uid=child["metadata"]["uid"])
+            deletion = self._cluster.delete(key, uid=child["metadata"]["uid"])
+            await obstacles.ask("delete", deletion, about=key.ref, run=run, now=self._clock())
         except Conflict as error:
             await self._refresh(key)
             raise _Changed(str(error)) from error
-        log.info("deleted", run=_name(run), kind=key.kind, name=key.name)
+        if ("delete", key.ref) not in obstacles.vain:
+            log.info("deleted", run=_name(run), kind=key.kind, name=key.name)
 
-    async def _patch(self, run: TrainingRun, patch: StatusPatch) -> None:
+    async def _patch(self, run: TrainingRun, patch: StatusPatch, obstacles: Obstacles) -> None:
         key = ObjectKey(patch.ref.api_version, patch.ref.kind, run.metadata.namespace, patch.ref.name)
         try:
-            patched = await self._cluster.patch(key, patch.payload, subresource=patch.subresource)
+            patching = self._cluster.patch(key, patch.payload, subresource=patch.subresource)
+            patched = await obstacles.ask("patch", patching, about=key.ref, run=run, now=self._clock())
         except (Conflict, NotFound) as error:
             await self._refresh(key)
             raise _Changed(str(error)) from error
+        if patched is None:
+            return
         self._cache.put(patched, own=True)
         log.info("patched", run=_name(run), kind=key.kind, name=key.name)
 
-    async def _create(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
+    async def _create(self, wanted: Manifest, run: TrainingRun, obstacles: Obstacles) -> None:
         """Create a child. By POST, so that an object of its name that somebody made a moment ago is never touched."""
         ref = ObjectRef.of(wanted)
         # Nobody else's bears a Secret's name, and the operator may not look at one.
@@ -256,19 +267,22 @@ class Reconciler:
         if _kind_of(wanted) == PYTORCHJOB:
             await self._require_no_gang(run)
         try:
-            made = await self._cluster.create(wanted)
+            creation = self._cluster.create(wanted)
+            made = await obstacles.ask("create", creation, about=ref, run=run, now=self._clock())
         except AlreadyExists:
             if not unseen:
                 await self._find(wanted, run, obstacles)
-        except (Rejected, NotFound) as error:
-            # Not found: what it belongs to, its kind among it, is not there.
+        except NotFound as error:
+            # What it belongs to, its kind among it, is not there.
             obstacles.rejected[ref] = str(error)
         else:
+            if made is None:
+                return
             if not unseen:
                 self._cache.put(made, own=True)
             log.info("created", run=_name(run), kind=ref.kind, name=ref.name)
 
-    async def _find(self, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
+    async def _find(self, wanted: Manifest, run: TrainingRun, obstacles: Obstacles) -> None:
         """See whose the object of that name is. One of the run's that lost its label is not watched until it has it."""
         key = ObjectKey.of(wanted)
         try:
@@ -302,15 +316,15 @@ class Reconciler:
         if live:
             raise _Changed(f"pods of another gang live: {', '.join(live)}")
 
-    async def _repair(self, observed: Manifest, wanted: Manifest, run: TrainingRun, obstacles: _Obstacles) -> None:
+    async def _repair(self, observed: Manifest, wanted: Manifest, run: TrainingRun, obstacles: Obstacles) -> None:
         key = ObjectKey.of(wanted)
         try:
-            applied = await self._cluster.apply(wanted, uid=observed["metadata"]["uid"])
+            applying = self._cluster.apply(wanted, uid=observed["metadata"]["uid"])
+            applied = await obstacles.ask("apply", applying, about=key.ref, run=run, now=self._clock())
         except (Conflict, NotFound) as error:
             await self._refresh(key)
             raise _Changed(str(error)) from error
-        except Rejected as error:
-            obstacles.rejected[key.ref] = str(error)
+        if applied is None:
             return
         self._cache.put(applied, own=True)
         log.info("repaired", run=_name(run), kind=key.kind, name=key.name)
@@ -388,11 +402,11 @@ def _parse(manifest: Manifest) -> TrainingRun:
 
 
 def _look_again(
-    run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: _Obstacles, *, made: bool
+    run: TrainingRun, plan: Plan, belongings: Belongings, obstacles: Obstacles, *, made: bool
 ) -> float | None:
     """Return after how many seconds to look again: what a run waits for is not always watched."""
     waits = [plan.requeue_after] if plan.requeue_after is not None else []
-    if len(obstacles):
+    if obstacles.refs:
         waits.append(_OBSTACLE_SECONDS)
     if made:
         # Nobody tells of what was made here, and deadlines count from when it was.

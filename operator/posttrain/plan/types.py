@@ -113,7 +113,8 @@ class Plan:
     status_first: bool = False
     """The status counts something, an attempt or an end: nothing else is written before it, only after it all the rest.
 
-    Else it is written last: what it says of the children then holds.
+    Else it is written last: what it says of the children then holds. Where the server fails at one of them it is
+    written all the same, since what was observed is no less true.
     """
     requeue_after: float | None = None
     """Seconds until the next deadline, TTL or stall check; None: wait for events; 0: at once."""

@@ -436,6 +436,33 @@ def test_a_first_gang_whose_creation_got_no_answer_is_not_made_twice() -> None:
     assert len(bench.names(PYTORCHJOB)) == 1
 
 
+def test_an_operator_with_other_settings_makes_the_gang_of_an_attempt_that_another_one_began() -> None:
+    """The attempt's ConfigMap is immutable, and the job is not there yet: a leader was lost between the two."""
+    undisturbed = Bench()
+    undisturbed.submit()
+    undisturbed.settle()
+    before = [call.text for call in undisturbed.port.calls].index("create PyTorchJob demo-a1")
+    bench = Bench()
+    bench.submit()
+    bench.port.faults.extend([*[None] * before, Fault(when="before", error=Unavailable("the leader was lost"))])
+    with pytest.raises(Unavailable):
+        bench.settle()
+    assert bench.names(PYTORCHJOB) == []
+    data = child(bench, CONFIG_MAP, "demo-a1")["data"]
+
+    bench.settings = bench.settings.model_copy(update={"termination_grace_seconds": 5})
+    bench.start()
+    bench.settle()
+
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+    assert child(bench, CONFIG_MAP, "demo-a1")["data"] == data
+    run_gang(bench)
+    bench.wait(31)
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.status.stage == "Training"
+
+
 # --- Obstacles -------------------------------------------------------------------------------------------------------
 
 

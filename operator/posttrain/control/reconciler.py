@@ -212,16 +212,22 @@ class Reconciler:
                 await self._patch(run, patch, obstacles)
         if plan.objects:
             await self._bring_authority(run, obstacles)
+        lacking = obstacles.refs != known
         for wanted in plan.objects:
-            observed = belongings.objects.get(ObjectRef.of(wanted))
-            if observed is None and obstacles.refs != known and _kind_of(wanted) in _MAKES_PODS:
+            ref = ObjectRef.of(wanted)
+            observed = belongings.objects.get(ref)
+            if observed is not None:
+                # One that cannot be mended is there all the same: a ConfigMap that an operator with other settings made
+                # for this attempt is what the attempt was begun with.
+                if has_drifted(observed, wanted=wanted):
+                    await self._repair(observed, wanted, run, obstacles)
+            elif lacking and _kind_of(wanted) in _MAKES_PODS:
                 # Its pods would run with another's configuration, or without what was refused.
                 continue
-            if observed is None:
+            else:
                 await self._create(wanted, run, obstacles)
                 made = True
-            elif has_drifted(observed, wanted=wanted):
-                await self._repair(observed, wanted, run, obstacles)
+                lacking = lacking or ref in obstacles.refs
         if obstacles.refs != known:
             raise _Changed("something stands in the way of a child")
         return made

@@ -7,6 +7,7 @@ second one is first of all the negative control: its linear layers compute with 
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -111,6 +112,7 @@ def found(
             wait_for(server.is_ready, what=str(server.log), seconds=START_SECONDS)
         print(f"two servers: {time.monotonic() - began:.0f} s to their start")
 
+        taken = ending.enter_context(socket.create_server(("", 0)))  # by another run on this machine, say
         servers = [first.url, packed.url]
         common = {"model": str(tiny_model), "servers": servers}
         training = {**common, "mode": "server", "folder": str(folder / "training")}
@@ -121,7 +123,7 @@ def found(
                 "options": options_case(tiny_model),
                 "packed": {**common, "port": free_port(), "times": 1},
                 "rejoin": {**common, "port": free_port(), "pid": packed.process.pid},
-                "hand_over": {**common, "port": free_port(), "times": 2},
+                "hand_over": {**common, "port": taken.getsockname()[1], "times": 2},
                 "spread": {**common, "port": free_port()},
                 "refuse": {"servers": servers},
                 "pack": {"model": str(tiny_model)},

@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
 from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -247,9 +248,10 @@ class RolloutClient(VLLMClient):  # type: ignore[misc]
         self.close_communicator()
         self._each(abandon_hand_over)
         sizes: list[int] = self._each(RolloutServer.get_world_size)
+        address = _address_towards(self.servers[0])
         group = {
-            "master_address": _address_towards(self.servers[0]),
-            "master_port": self.group_port,
+            "master_address": address,
+            "master_port": _free_port(address, wanted=self.group_port),
             "world_size": 1 + sum(sizes),
         }
         members: list[Future[Any]] = [_start(partial(self._open_own_end, group))]
@@ -330,6 +332,18 @@ def _address_towards(server: RolloutServer) -> str:
     url = urlsplit(server.base_url)
     with socket.create_connection((url.hostname or "", url.port or 80), timeout=ANSWER_SECONDS) as connection:
         return str(connection.getsockname()[0])
+
+
+def _free_port(address: str, *, wanted: int) -> int:
+    """Return the wanted port; on one machine, whose runs share its ports, another one where that is taken."""
+    if not ip_address(address).is_loopback:
+        return wanted
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", wanted))
+        except OSError:
+            probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _start(action: Callable[[], _Answer]) -> Future[_Answer]:

@@ -670,6 +670,14 @@ def test_a_gang_is_not_made_beside_a_configuration_that_is_somebody_elses() -> N
     assert bench.names(PYTORCHJOB) == []
 
 
+def assert_accepted_when_nothing_is_refused(bench: Bench) -> None:
+    """Let the server take everything again, and see that the run is accepted once its children are tried anew."""
+    bench.port.refuse = lambda call: None
+    bench.wait(31)
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+
+
 def refuse(kind: Kind, words: str) -> Any:
     def answer(call: Call) -> BaseException | None:
         return Rejected(words) if call.kind == kind and call.method in ("create", "apply") else None
@@ -700,10 +708,7 @@ def test_a_child_that_the_server_refuses_is_told_in_its_words_and_tried_again_no
     assert len(bench.port.writes()) == 10
     assert (bench.events(), bench.run["metadata"]["resourceVersion"]) == (told, version)
 
-    bench.port.refuse = lambda call: None
-    bench.wait(31)
-    bench.settle()
-    assert bench.says("Accepted") == ("True", "Accepted")
+    assert_accepted_when_nothing_is_refused(bench)
     assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
 
 
@@ -826,10 +831,7 @@ def test_a_child_at_which_the_server_goes_on_failing_is_told_in_its_words_and_ma
         assert bench.port.writes() == ["create NetworkPolicy demo"]
     assert (bench.events(), bench.run["metadata"]["resourceVersion"]) == (told, version)
 
-    bench.port.refuse = lambda call: None
-    bench.wait(31)
-    bench.settle()
-    assert bench.says("Accepted") == ("True", "Accepted")
+    assert_accepted_when_nothing_is_refused(bench)
     assert bench.names(JOB) == ["Job demo-prepare"]
 
 
@@ -953,10 +955,7 @@ def test_what_cannot_be_deleted_is_told_and_tried_until_it_can(error: Exception)
     assert bench.settle() == 30
     assert bench.port.writes() == ["delete PyTorchJob demo-a1"]
 
-    bench.port.refuse = lambda call: None
-    bench.wait(31)
-    bench.settle()
-    assert bench.says("Accepted") == ("True", "Accepted")
+    assert_accepted_when_nothing_is_refused(bench)
     assert bench.names(PYTORCHJOB) == []
 
 
@@ -1431,10 +1430,7 @@ def test_a_gang_runs_although_kueue_cannot_be_told_so(error: Exception) -> None:
     look_for(bench, seconds=10)
     assert bench.says("Finished") == ("False", "ChildRejected"), "it ran in time"
 
-    bench.port.refuse = lambda call: None
-    bench.wait(31)
-    bench.settle()
-    assert bench.says("Accepted") == ("True", "Accepted")
+    assert_accepted_when_nothing_is_refused(bench)
     told = {condition["type"]: condition["status"] for condition in child(bench, WORKLOAD)["status"]["conditions"]}
     assert told["PodsReady"] == "True"
 

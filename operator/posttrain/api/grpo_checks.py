@@ -121,9 +121,9 @@ def _evaluated_groups(grpo: Grpo, *, world_size: int) -> list[tuple[Path, str]]:
     generations = _integer(grpo.args, "num_generations_eval") or _integer(grpo.args, "num_generations")
     if per_device < 1 or generations < 1:
         return []  # the real class says why
-    comparing = _comparing(grpo)
-    if per_device * world_size % generations:
-        together, fault = per_device * world_size, f"and {_ranks(world_size)} make {per_device * world_size} at once"
+    comparing, together = _comparing(grpo), per_device * world_size
+    if together % generations:
+        fault = f"and {_ranks(world_size)} make {together} at once"
         least = generations // math.gcd(generations, world_size)
     elif comparing and per_device % generations:
         together, fault = per_device, f"reward {comparing} compares those of a prompt, and a rank makes {per_device}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -125,15 +125,10 @@ class ProgressServer:
         namespace, run, endpoint = _parse_address(request)
         token = _bearer_token(request)
         if self._authenticator.needs_review(token, namespace=namespace, run=run):
-            wait = self._reviews.wait_seconds(request.remote)
-            if wait:
-                text = f"{request.remote} sends more than {self._limits.reviews_per_second:g} new tokens a second"
-                raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=wait)
+            text = "sends more than {:g} new tokens a second"
+            _admit(self._reviews, request.remote, text, self._limits.reviews_per_second)
         sender = await self._authenticator.prove(token, namespace=namespace, run=run)
-        wait = self._rates.wait_seconds(sender.run)
-        if wait:
-            text = f"{sender.run} posts more than {self._limits.posts_per_second:g} times a second"
-            raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=wait)
+        _admit(self._rates, sender.run, "posts more than {:g} times a second", self._limits.posts_per_second)
         body = await self._read_body(request)
         try:
             report = parse_report(body, endpoint=endpoint, attempt=sender.attempt)
@@ -200,6 +195,12 @@ class _BoundedServer(web.Server):
         if len(self.connections) > self._connections_max:
             log.warning("too many connections: one is closed", limit=self._connections_max)
             transport.abort()
+
+
+def _admit(rates: RateLimit, sender: Hashable, text: str, most: float) -> None:
+    wait = rates.wait_seconds(sender)
+    if wait:
+        raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, f"{sender} {text.format(most)}", retry_after=wait)
 
 
 def _parse_address(request: web.BaseRequest) -> tuple[str, str, Endpoint]:

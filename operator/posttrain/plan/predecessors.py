@@ -10,7 +10,6 @@ node has been silent for long enough, as it would in its own run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import datetime
 
 from posttrain.plan import labels
@@ -45,7 +44,7 @@ def is_stuck(situation: Situation) -> bool:
 
 def predecessors_silences(situation: Situation) -> tuple[datetime, ...]:
     """Return when something else will be told of them, should nothing more be heard of their nodes."""
-    times = (silent_from(one) for one in _pods(situation.observed.predecessors))
+    times = map(_silent_from, situation.observed.predecessors)
     return tuple(time for time in times if time is not None)
 
 
@@ -57,13 +56,13 @@ def _waited_for(situation: Situation) -> list[Manifest]:
     ]
 
 
-def _pods(manifests: Iterable[Manifest]) -> list[Manifest]:
-    return [one for one in manifests if one["kind"] == "Pod"]
-
-
 def _is_silent(manifest: Manifest, *, now: datetime) -> bool:
-    silent = silent_from(manifest) if manifest["kind"] == "Pod" else None
+    silent = _silent_from(manifest)
     return silent is not None and silent <= now
+
+
+def _silent_from(manifest: Manifest) -> datetime | None:
+    return silent_from(manifest) if manifest["kind"] == "Pod" else None
 
 
 def _role(manifest: Manifest) -> str | None:

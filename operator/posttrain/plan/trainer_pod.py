@@ -87,7 +87,7 @@ def build_server_template(inputs: PodInputs) -> dict[str, Any]:
             "name": SERVER_CONTAINER,
             "image": inputs.image,
             "command": ["python", "-m", "posttrain_workloads.serve"],
-            "env": server_environment(inputs, cpu=cpu, ranks=run.spec.server_engine_size),
+            "env": server_environment(inputs, servers, cpu=cpu),
             "ports": [{"name": "http", "containerPort": SERVER_PORT, "protocol": "TCP"}],
             "startupProbe": {**health, "failureThreshold": _LOADING_SECONDS // health["periodSeconds"]},
             "readinessProbe": {**health, "failureThreshold": 6},

@@ -13,7 +13,7 @@ from posttrain.api.validate import parse_training_run
 from posttrain.contract.config import TrainingConfig
 from posttrain.errors import InvalidResource
 from posttrain.plan.training_run import preview_training_run
-from posttrain.settings import Settings
+from posttrain.settings import Profile, Settings
 from tests.support.builders import T0
 
 
@@ -328,6 +328,24 @@ def test_a_run_whose_completions_come_from_vllm_is_planned_with_its_image(rollou
     prepare = objects["Job"]["spec"]["template"]["spec"]["containers"][0]
     wanted = settings.images.vllm if image == "vllm" else settings.images.trainer
     assert (trainer["image"], prepare["image"]) == (wanted, wanted)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_nodes_of_a_server_are_placed_near_each_other(nodes: int) -> None:
+    rollout = {"mode": "Server", "server": {"nodesPerReplica": nodes}}
+    run = parse_training_run(build_resource(grpo={"rollout": rollout}))
+    settings = Settings(profiles={"default": Profile(topology_key="rack")})
+    (servers,) = (m for m in preview_training_run(run, now=T0, settings=settings) if m["kind"] == "StatefulSet")
+    pod = servers["spec"]["template"]["spec"]
+
+    assert servers["spec"]["replicas"] == nodes
+    assert ("affinity" in pod) is (nodes > 1)
+    if nodes > 1:
+        (wish,) = pod["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+        assert wish["podAffinityTerm"] == {
+            "topologyKey": "rack",
+            "labelSelector": {"matchLabels": servers["spec"]["template"]["metadata"]["labels"]},
+        }
 
 
 def test_a_reward_that_compares_completions_needs_whole_groups_on_a_rank() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain.contract import environment
+from posttrain.contract.result import ExitCode
 from posttrain.control.kinds import DEPLOYMENT, NETWORK_POLICY, PYTORCHJOB, STATEFUL_SET
 from tests.support.bench import Bench, wait_out_pending_deadline
 
@@ -20,6 +21,18 @@ SANDBOX_SERVES = {"replicas": 1, "readyReplicas": 1}
 SERVICES = ["Deployment demo-sandbox", "StatefulSet demo-server"]
 
 
+def variables(bench: Bench) -> tuple[dict[str, str | None], ...]:
+    """Return the environment variables of a server's container and of the gang's."""
+    templates = [
+        bench.cluster.objects(STATEFUL_SET)[0]["spec"]["template"],
+        bench.cluster.objects(PYTORCHJOB)[0]["spec"]["pytorchReplicaSpecs"]["Master"]["template"],
+    ]
+    return tuple(
+        {variable["name"]: variable.get("value") for variable in template["spec"]["containers"][0]["env"]}
+        for template in templates
+    )
+
+
 def submit(bench: Bench, **spec: Any) -> None:
     """Let both be made, with pods that do not serve yet."""
     bench.submit(**SERVED, **spec)
@@ -31,12 +44,16 @@ def submit(bench: Bench, **spec: Any) -> None:
 
 def servers_answer(bench: Bench) -> None:
     for index in range(2):
-        bench.others.set_pod_status(
-            f"demo-server-{index}",
-            phase="Running",
-            conditions=[{"type": "Ready", "status": "True"}],
-            containerStatuses=[{"name": "vllm", "ready": True, "restartCount": 0, "state": {"running": {}}}],
-        )
+        server_answers(bench, index)
+
+
+def server_answers(bench: Bench, index: int) -> None:
+    bench.others.set_pod_status(
+        f"demo-server-{index}",
+        phase="Running",
+        conditions=[{"type": "Ready", "status": "True"}],
+        containerStatuses=[{"name": "vllm", "ready": True, "restartCount": 0, "state": {"running": {}}}],
+    )
     bench.settle()
 
 
@@ -70,6 +87,26 @@ def test_the_gang_waits_for_the_servers_while_the_sandbox_serves() -> None:
 
     servers_answer(bench)
     assert bench.others.job_runs(1)
+
+
+def test_a_server_of_several_nodes_answers_when_all_of_them_do() -> None:
+    bench = Bench()
+    rollout = {"mode": "Server", "server": {"replicas": 2, "nodesPerReplica": 2, "gpusPerNode": 0}}
+    bench.submit(sft=None, grpo={**SERVED["grpo"], "rewards": [{"name": "format"}], "rollout": rollout})
+    bench.settle()
+    assert bench.others.make_server_pods() == [f"demo-server-{index}" for index in range(4)]
+
+    told = []
+    for index in (0, 3, 1, 2):
+        server_answers(bench, index)
+        told.append(bench.condition("ServerReady").message)
+
+    assert told[:3] == ["0 of 2 servers answer", "0 of 2 servers answer", "1 of 2 servers answer"]
+    assert bench.says("ServerReady") == ("True", "ServersReady")
+    of_a_server, of_the_gang = variables(bench)
+    meetings, addresses = of_a_server[environment.SERVER_NODES], of_the_gang[environment.ROLLOUT_SERVERS]
+    assert meetings == "http://demo-server-0.demo-server:8001,http://demo-server-2.demo-server:8001"
+    assert addresses == "http://demo-server-0.demo-server:8000,http://demo-server-2.demo-server:8000"
 
 
 def test_a_server_that_never_answers_ends_the_run_also_while_the_sandbox_is_awaited() -> None:
@@ -112,12 +149,24 @@ def test_a_server_whose_pod_is_refused_says_why() -> None:
     assert bench.condition("ServerReady").message == "2 of 2 pods cannot be created: exceeded quota: team"
 
 
-def set_ended(bench: Bench, *, restarts: int) -> None:
+def set_ended(
+    bench: Bench, *, restarts: int, index: int = 1, code: int = 1, said: str = "no memory for keys and values"
+) -> None:
     """Let a server load again that has ended, for whatever time."""
-    end = {"terminated": {"exitCode": 1, "message": "no memory for keys and values"}}
+    end = {"terminated": {"exitCode": code, "message": said}}
     container = {"name": "vllm", "ready": False, "restartCount": restarts, "lastState": end, "state": {"running": {}}}
-    bench.others.set_pod_status("demo-server-1", phase="Running", conditions=[], containerStatuses=[container])
+    bench.others.set_pod_status(f"demo-server-{index}", phase="Running", conditions=[], containerStatuses=[container])
     bench.settle()
+
+
+def test_of_a_servers_nodes_the_one_is_told_that_ended_first() -> None:
+    bench = Bench()
+    submit(bench)
+    said = "node 1 of this server ended, see its log"
+    set_ended(bench, restarts=1, index=0, code=ExitCode.TERMINATED, said=said)
+    assert bench.condition("ServerReady").message.startswith("pod demo-server-0 ends with exit code 143")
+    set_ended(bench, restarts=1)
+    assert bench.condition("ServerReady").message.startswith("pod demo-server-1 ends with exit code 1: no memory")
 
 
 def test_restarts_of_a_server_that_answered_in_between_do_not_count() -> None:
@@ -148,12 +197,7 @@ def test_a_server_knows_of_no_sandbox() -> None:
     servers_answer(bench)
     sandbox_serves(bench)
 
-    templates = [
-        bench.cluster.objects(STATEFUL_SET)[0]["spec"]["template"],
-        bench.cluster.objects(PYTORCHJOB)[0]["spec"]["pytorchReplicaSpecs"]["Master"]["template"],
-    ]
-    variables = [{variable["name"] for variable in template["spec"]["containers"][0]["env"]} for template in templates]
-    assert [environment.SANDBOX_URLS in names for names in variables] == [False, True]
+    assert [environment.SANDBOX_URLS in names for names in variables(bench)] == [False, True]
 
 
 def test_a_suspension_takes_both_away_and_the_next_attempt_waits_for_both_again() -> None:

@@ -13,9 +13,9 @@ from tests.support.operator_process import OperatorProcess
 pytestmark = pytest.mark.integration
 
 
-def served(*, gpus: int) -> dict[str, Any]:
-    """Return what makes of a run one with two servers of so many GPUs each."""
-    rollout = {"mode": "Server", "server": {"replicas": 2, "gpusPerNode": gpus}}
+def served(*, gpus: int, nodes: int = 1) -> dict[str, Any]:
+    """Return what makes of a run one with two servers of so many nodes with so many GPUs."""
+    rollout = {"mode": "Server", "server": {"replicas": 2, "nodesPerReplica": nodes, "gpusPerNode": gpus}}
     return {
         "sft": None,
         "grpo": {"rewards": [{"name": "format"}], "rollout": rollout},
@@ -32,13 +32,13 @@ def objects_of(run: ClusterRun, kind: str) -> list[str]:
 def test_a_gang_is_made_when_its_servers_answer_and_they_go_with_the_runs_end(
     cluster: Cluster, operator: OperatorProcess, run: ClusterRun
 ) -> None:
-    run.apply(**served(gpus=1))
+    run.apply(**served(gpus=1, nodes=2))
     run.await_running(pods=1)
 
     status = run.status()
     assert reasons(status)["ServerReady"] == ("True", "ServersReady")
-    assert status["gpus"] == 3
-    assert objects_of(run, "pods") == ["demo-a1-master-0", "demo-server-0", "demo-server-1"]
+    assert status["gpus"] == 5
+    assert objects_of(run, "pods") == ["demo-a1-master-0", *(f"demo-server-{index}" for index in range(4))]
     pods = cluster.get("pods", "--namespace", run.namespace)["items"]
     [job] = cluster.get("pytorchjobs", "--namespace", run.namespace)["items"]
     answered = [

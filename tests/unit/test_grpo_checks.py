@@ -13,7 +13,7 @@ from posttrain.api.validate import parse_training_run
 from posttrain.contract.config import TrainingConfig
 from posttrain.errors import InvalidResource
 from posttrain.plan.training_run import preview_training_run
-from posttrain.settings import Settings
+from posttrain.settings import Profile, Settings
 from tests.support.builders import T0
 
 
@@ -182,6 +182,48 @@ BAD_SERVERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "a server has 1 GPUs: write at most 1",
     ),
     (
+        {"mode": "Server", "server": {"dataParallelSize": 2}},
+        {},
+        "spec.grpo.rollout.server.dataParallelSize",
+        "is 2, and a server has 1 GPUs: write at most 1",
+    ),
+    (
+        {"mode": "Server", "server": {"gpusPerNode": 4, "dataParallelSize": 2, "tensorParallelSize": 4}},
+        {},
+        "spec.grpo.rollout.server.tensorParallelSize",
+        "is 4, and a server has 4 GPUs for 2 copies of the model: write at most 2",
+    ),
+    (
+        {"mode": "Server", "server": {"gpusPerNode": 4, "dataParallelSize": 2, "nodesPerReplica": 2}},
+        {},
+        "spec.grpo.rollout.server.dataParallelSize",
+        "a server of 2 nodes has one copy: leave it out, and write replicas",
+    ),
+    (
+        {"mode": "Server", "server": {"gpusPerNode": 4, "tensorParallelSize": 16, "nodesPerReplica": 2}},
+        {},
+        "spec.grpo.rollout.server.tensorParallelSize",
+        "is 16, and a server has 8 GPUs: write at most 8",
+    ),
+    (
+        {"mode": "Server", "server": {"gpusPerNode": 4, "tensorParallelSize": 3, "nodesPerReplica": 2}},
+        {},
+        "spec.grpo.rollout.server.tensorParallelSize",
+        "each of a server's 2 nodes has as large a part: write a multiple of 2",
+    ),
+    (
+        {"mode": "Server", "server": {"args": {"nnodes": 2}}},
+        {},
+        "spec.grpo.rollout.server.args.nnodes",
+        "write spec.grpo.rollout.server.nodesPerReplica",
+    ),
+    (
+        {"mode": "Server", "server": {"args": {"data-parallel-size": 2}}},
+        {},
+        "spec.grpo.rollout.server.args.data-parallel-size",
+        "write spec.grpo.rollout.server.dataParallelSize",
+    ),
+    (
         {"mode": "Server", "server": {"args": {"--Max_Num_Seqs": 8}}},
         {},
         "spec.grpo.rollout.server.args.--Max_Num_Seqs",
@@ -235,6 +277,7 @@ def test_what_servers_cannot_be_is_refused_with_what_they_can(
         ({"mode": "Server", "server": {"replicas": 2}}, 0, 0, 0),
         ({"mode": "Server", "server": {"replicas": 2}}, 1, 1, 3),
         ({"mode": "Server", "server": {"replicas": 2, "gpusPerNode": 4}}, 8, 4, 16),
+        ({"mode": "Server", "server": {"replicas": 2, "gpusPerNode": 4, "nodesPerReplica": 2}}, 8, 4, 24),
         (COLOCATE, 8, 0, 8),
     ],
 )
@@ -243,7 +286,28 @@ def test_a_server_has_one_gpu_or_as_the_gang_none_where_nothing_else_is_said(
 ) -> None:
     spec = parse_training_run(build_resource(grpo={"rollout": rollout}, resources={"gpusPerNode": gpus})).spec
 
-    assert (spec.server_gpus, spec.gpus, spec.server_engine_size) == (of_server, of_run, max(of_server, 1))
+    assert (spec.server_gpus, spec.gpus) == (of_server, of_run)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "server", "of_a_model", "on_a_node"),
+    [
+        (8, {"gpusPerNode": 8, "dataParallelSize": 2}, 4, 8),
+        (8, {"gpusPerNode": 8, "dataParallelSize": 4, "tensorParallelSize": 1}, 1, 4),
+        (0, {"dataParallelSize": 2, "tensorParallelSize": 2}, 2, 4),
+        (0, {"dataParallelSize": 2}, 1, 2),
+        (8, {"gpusPerNode": 8, "nodesPerReplica": 2}, 16, 8),
+        (8, {"gpusPerNode": 8, "nodesPerReplica": 2, "tensorParallelSize": 8}, 8, 4),
+        (0, {"nodesPerReplica": 2}, 2, 1),
+    ],
+)
+def test_the_gpus_of_a_server_are_shared_by_copies_and_parts_of_the_model(
+    gpus: int, server: dict[str, Any], of_a_model: int, on_a_node: int
+) -> None:
+    grpo = {"rollout": {"mode": "Server", "server": server}}
+    spec = parse_training_run(build_resource(grpo=grpo, resources={"gpusPerNode": gpus})).spec
+
+    assert (spec.server_engine_size, spec.server_ranks_per_node) == (of_a_model, on_a_node)
 
 
 def test_a_server_without_gpus_is_split_over_as_many_processes_as_asked_for() -> None:
@@ -264,6 +328,24 @@ def test_a_run_whose_completions_come_from_vllm_is_planned_with_its_image(rollou
     prepare = objects["Job"]["spec"]["template"]["spec"]["containers"][0]
     wanted = settings.images.vllm if image == "vllm" else settings.images.trainer
     assert (trainer["image"], prepare["image"]) == (wanted, wanted)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_nodes_of_a_server_are_placed_near_each_other(nodes: int) -> None:
+    rollout = {"mode": "Server", "server": {"nodesPerReplica": nodes}}
+    run = parse_training_run(build_resource(grpo={"rollout": rollout}))
+    settings = Settings(profiles={"default": Profile(topology_key="rack")})
+    (servers,) = (m for m in preview_training_run(run, now=T0, settings=settings) if m["kind"] == "StatefulSet")
+    pod = servers["spec"]["template"]["spec"]
+
+    assert servers["spec"]["replicas"] == nodes
+    assert ("affinity" in pod) is (nodes > 1)
+    if nodes > 1:
+        (wish,) = pod["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+        assert wish["podAffinityTerm"] == {
+            "topologyKey": "rack",
+            "labelSelector": {"matchLabels": servers["spec"]["template"]["metadata"]["labels"]},
+        }
 
 
 def test_a_reward_that_compares_completions_needs_whole_groups_on_a_rank() -> None:

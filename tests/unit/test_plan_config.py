@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from posttrain.api.execution import Parallelism
-from posttrain.contract.config import HubSource, MountedSource
+from posttrain.api.outputs import Checkpoints
+from posttrain.api.training_run import TrainingRunSpec
+from posttrain.contract.config import HubSource, MountedSource, config_hash
 from posttrain.plan.checks import find_spec_problems
 from posttrain.plan.deepspeed import build_deepspeed_config, find_deepspeed_problems
 from posttrain.plan.fsdp import build_fsdp_environment, find_fsdp_problems
@@ -198,3 +200,42 @@ def test_what_no_adapter_and_no_cpu_can_do_is_refused_before_anything_starts() -
     ]
     assert problems(sft={"args": {"fp16": True}}, resources={"gpusPerNode": 1}) == []
     assert problems(sft={"args": {"fp16": False}}, resources=on_cpus) == []
+
+
+class NewerCheckpoints(Checkpoints):
+    compress: bool = False
+
+
+class NewerSpec(TrainingRunSpec):
+    """What an operator of a later version knows."""
+
+    checkpoints: NewerCheckpoints
+    watermark: bool = False
+
+
+def test_a_run_keeps_its_hash_when_an_operator_knows_more_fields() -> None:
+    spec = build_run(checkpoints={"storage": {"claimName": "runs"}, "everySteps": 7}).spec
+    newer = NewerSpec.model_validate(spec.to_data())
+    changed = NewerSpec.model_validate({**spec.to_data(), "watermark": True})
+
+    assert newer.to_data()["checkpoints"]["compress"] is False
+    assert config_hash(newer) == config_hash(spec) != config_hash(changed)
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"checkpoints": {"storage": {"claimName": "runs"}, "everySteps": 7}}, True),
+        ({"resources": {"queueName": "team", "profile": "big", "numNodes": 2}}, True),
+        ({"suspend": True, "restarts": {"maxInfrastructureRestarts": 1}}, True),
+        ({"datasetSeed": 0, "parallelism": {"strategy": "DDP"}}, True),  # the defaults, written out
+        ({"datasetSeed": 42}, False),
+        ({"resources": {"gpusPerNode": 3}}, False),
+        ({"checkpoints": {"storage": {"claimName": "others"}}}, False),
+    ],
+)
+def test_the_hash_is_of_what_never_changes_while_the_run_lives(fields: dict[str, Any], same: bool) -> None:
+    plain = {"checkpoints": {"storage": {"claimName": "runs"}}, "resources": {}}
+    given = config_hash(build_run(**{**plain, **fields}).spec)
+
+    assert (given == config_hash(build_run(**plain).spec)) is same

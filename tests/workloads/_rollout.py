@@ -8,7 +8,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,18 @@ def register():
     WeightTransferEngineFactory.register_engine("gloo", "dropping", "DroppingEngine")
 """
 """A plugin whose server acknowledges weights and drops them while a file is there; of the servers of a run one."""
+
+NODE = """
+import os
+import sys
+
+from posttrain_workloads.serve_nodes import Place, serve_together
+
+node, meeting, port, *command = sys.argv[1:]
+place = Place(node=int(node), nodes=2, meeting=("127.0.0.1", int(meeting)))
+sys.exit(serve_together(command, place=place, listen=("127.0.0.1", int(port)), key="", environ=os.environ))
+"""
+"""One of a server's two nodes, as posttrain_workloads.serve starts it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +108,31 @@ def environment(folder: Path, *, more: Mapping[str, str] = {}) -> dict[str, str]
     }
 
 
-def start(python: Path, model: Path, folder: Path, *, variables: Mapping[str, str], port: int) -> Server:
-    """Start one server, and do not wait until it is ready."""
+def start(
+    python: Path,
+    model: Path,
+    folder: Path,
+    *,
+    variables: Mapping[str, str],
+    port: int,
+    options: Sequence[str] = (),
+    node: tuple[int, int] | None = None,
+) -> Server:
+    """Start one server, or of one of two nodes that `node` with the port at which they meet; wait for nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "server.log"
+    argv = [
+        *(str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "256", "--weight-transfer-config", json.dumps({"backend": "gloo"})),
+        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
+        *options,
+    ]
+    if node is not None:
+        argv = [str(python), "-c", NODE, *map(str, node), str(port), *argv]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [
-                *(python, "-m", "vllm.entrypoints.cli.main", "serve", model),
-                *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
-                *("--max-model-len", "256", "--weight-transfer-config", json.dumps({"backend": "gloo"})),
-                *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
-            ],
+            argv,
             env=environment(folder, more={"VLLM_SERVER_DEV_MODE": "1", **variables}),
             cwd=folder,
             stdout=output,

@@ -134,6 +134,12 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
             grpo={"rollout": {"mode": "Colocate"}},
             args={"vllm_importance_sampling_correction": False},
         ),
+        case("too many parts", grpo={"rollout": {"mode": "Server", "server": {
+            "gpusPerNode": 0, "tensorParallelSize": 4
+        }}}),
+        case("too many nodes", grpo={"rollout": {"mode": "Server", "server": {
+            "gpusPerNode": 0, "nodesPerReplica": 3
+        }}}),
         case("few rows", args={"per_device_train_batch_size": 32}),
         case("does not import", {"function": "broken_rewards:score"}),
         case(
@@ -227,6 +233,9 @@ BAD = [
     ("vllm elsewhere", "PackageMissing", "spec.grpo.rollout.mode: Colocate needs the package vllm, which is not inst"),
     ("vllm elsewhere", "ConfigInvalid", "spec.grpo.args.vllm_max_model_length: 20 tokens are fewer than the longest p"),
     ("servers elsewhere", "ConfigInvalid", "spec.grpo.rollout.server.maxModelLength: 20 tokens are fewer than the lon"),
+    ("too many parts", "ConfigInvalid", "spec.grpo.rollout.server.tensorParallelSize: vLLM splits the model's 2 atte"),
+    ("too many parts", "ConfigInvalid", "over 4 GPUs or processes, and each has to get as many: write 1 or 2"),
+    ("too many nodes", "ConfigInvalid", "each has to get as many: 3 nodes cannot share them"),
     ("rollouts:three", "CodeImportFailed", "calls rollouts:three(prompts, trainer): missing a required argument: 'tri"),
     ("rollouts:awaited", "CodeImportFailed", "rollouts:awaited is async def, and the trainer does not await it"),
     ("rollouts:Made", "CodeImportFailed", "rollouts:Made is a class without a method reset, which begins an episode"),

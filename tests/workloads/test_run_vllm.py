@@ -187,39 +187,52 @@ def test_a_run_ends_when_one_of_two_servers_dropped_an_update_also_with_a_rollou
         assert metrics["completions/max_length"] == 2 * GRPO_ARGS["max_completion_length"]  # of two turns
 
 
-def test_the_tools_of_an_environment_are_called_by_completions_from_a_server(
-    command: Command, vllm_python: Path
+def test_the_tools_of_an_environment_are_called_by_completions_from_a_server_of_two_nodes(
+    command: Command, vllm_python: Path, tmp_path: Path
 ) -> None:
-    """A grammar makes the tiny model call the tool."""
+    """A grammar makes the tiny model call the tool. After two steps the server's second node dies."""
+    halts = tmp_path / "halts"
+    halts.mkdir()
     [templates] = vllm_python.parents[1].glob("lib/*/site-packages/trl/chat_templates")
     args = {key: value for key, value in command.spec["grpo"]["args"].items() if key != "vllm_max_model_length"}
     command.spec["model"]["chatTemplate"] = (templates / "qwen2_5.jinja").read_text()
     command.spec["resources"]["processesPerNode"] = 1
     command.spec["grpo"] = {
-        "rollout": {"mode": "Server", "server": {"cpu": "1", "maxModelLength": 512}},
+        "rollout": {"mode": "Server", "server": {"nodesPerReplica": 2, "cpu": "1", "maxModelLength": 512}},
         "rolloutFunction": "guessing:Guess",
         "trainerClass": "hand_overs:ComparingTrainer",
         "rewards": [{"function": "guessing:told"}],
         "args": {
             **args,
-            "max_steps": 2,
+            "max_steps": 3,
             "max_completion_length": 200,
             "max_tool_calling_iterations": 1,
             "vllm_structured_outputs_regex": CALL,
         },
     }
-    code, output = command.start().wait()
+    halt = {"function": "faults:Halt", "params": {"folder": str(halts), "between": 2, "inside": -1}}
+    command.spec["callbacks"] = [halt]
+    command.start()
+    command.wait_for((halts / "between").exists, what="the end of step 2")
+    kill(command.processes(pod="tiny-server-1"))
+    (halts / "between-over").touch()
+    code, output = command.wait()
 
     assert code == 0, output + command.logs()
+    assert command.status().status.attempt == 1
+    first, second = (command.run_folder.log_file(f"tiny-server-{node}").read_text() for node in range(2))
+    assert "posttrain: node 0 of 2 ends: node 1 of this server ended, see its log" in first
+    assert first.count("posttrain: node 1 is there, 2 of 2\n") == 2
+    assert second.count("posttrain: node 1 of 2 waits for the first one at 127.0.0.1:") == 2
     logged = [fact.body.metrics for fact in command.facts() if fact.body.type == "Logged"]
     steps = [{name: float(value) for name, value in metrics.items()} for metrics in logged if "loss" in metrics]
-    assert [(metrics["tools/call_frequency"], metrics["tools/failure_frequency"]) for metrics in steps] == [(1, 0)] * 2
+    assert [(metrics["tools/call_frequency"], metrics["tools/failure_frequency"]) for metrics in steps] == [(1, 0)] * 3
     log = command.run_folder.log_file("tiny-a1-master-0").read_text()
     # Of what the grammar allows is not of all tokens: nothing is concluded from that.
     assert min(metrics["sampling/sampling_logp_difference/mean"] for metrics in steps) > 0.1
     assert "spec.grpo.args.vllm_structured_outputs_regex: vLLM gives log-probabilities of what is left" in log
     assert [metrics["rewards/told/mean"] for metrics in steps] == [metrics["rewards/Guess/mean"] for metrics in steps]
-    assert [(seen["step"], seen["equal"]) for seen in rollouts(command, rank=0)] == [(0, [True]), (1, [True])]
+    assert [(seen["step"], seen["equal"]) for seen in rollouts(command, rank=0)] == [(n, [True]) for n in range(3)]
 
 
 def kill(processes: list[int]) -> None:

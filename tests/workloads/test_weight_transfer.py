@@ -1,15 +1,19 @@
 """After each hand-over every vLLM server computes with the trainer's weights, and a server that does not is noticed.
 
 One process of vLLM's environment runs all cases against two real servers, which are started once and together. The
-second one is first of all the negative control: its linear layers compute with packed copies, as vLLM has it.
+first one has two copies of the model. The second one is first of all the negative control: its linear layers compute
+with packed copies, as vLLM has it. When it has been killed it comes back as a server of two nodes, each with half a
+model.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -100,14 +104,28 @@ def found(
     drop = folder / "drop"
     with ExitStack() as ending:
 
-        def serve(name: str, *, port: int, **variables: str) -> Server:
-            server = start(vllm_python, tiny_model, folder / name, port=port, variables=variables)
+        def serve(
+            name: str,
+            *options: str,
+            port: int | None = None,
+            node: tuple[int, int] | None = None,
+            variables: dict[str, str] | None = None,
+        ) -> Server:
+            server = start(
+                vllm_python,
+                tiny_model,
+                folder / name,
+                port=port or free_port(),
+                options=options,
+                node=node,
+                variables=variables or {},
+            )
             ending.callback(server.kill)
             return server
 
         began = time.monotonic()
-        first = serve("first", port=free_port())
-        packed = serve("packed", port=free_port(), VLLM_PLUGINS="posttrain_gloo")
+        first = serve("first", "--data-parallel-size=2")
+        packed = serve("packed", variables={"VLLM_PLUGINS": "posttrain_gloo"})
         for server in (first, packed):
             wait_for(server.is_ready, what=str(server.log), seconds=START_SECONDS)
         print(f"two servers: {time.monotonic() - began:.0f} s to their start")
@@ -138,14 +156,30 @@ def found(
             seconds=CASES_SECONDS,
         )
         if not cases.has_ended():
-            add_dropping_plugin(folder / "second" / "packages")
-            port = int(packed.url.rpartition(":")[2])
-            serve("second", port=port, VLLM_PLUGINS=f"dropping,{_PLAIN}", DROP_WHILE=str(drop))
+            port, meeting = int(packed.url.rpartition(":")[2]), free_port()
+            for node in range(2):
+                name = f"second-{node}"
+                add_dropping_plugin(folder / name / "packages")
+                serve(
+                    name,
+                    "--tensor-parallel-size=2",
+                    port=None if node else port,
+                    node=(node, meeting),
+                    variables={"VLLM_PLUGINS": f"dropping,{_PLAIN}", "DROP_WHILE": str(drop)},
+                )
         answers = cases.answers()
         case = {"model": str(tiny_model), "server": first.url, "port": free_port()}
         sharded = Process(vllm_python, folder / "shards", {"shards": case}, ranks=2)
         ending.callback(sharded.kill)
-        yield {**answers, **sharded.answers(), "servers": servers}
+        yield {**answers, **sharded.answers(), "servers": servers, "copies": copies_that_generated(first)}
+
+
+def copies_that_generated(server: Server) -> list[str]:
+    """Return the number of each copy of the model of which a server counts tokens."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        metrics: str = answer.read().decode()
+    counts = re.findall(r'^vllm:generation_tokens_total{engine="(\d+)".*} (.+)$', metrics, re.MULTILINE)
+    return sorted(engine for engine, tokens in counts if float(tokens) > 0)
 
 
 def test_options_of_the_servers_are_read_as_vllm_would_read_them(found: dict[str, Any]) -> None:
@@ -179,6 +213,10 @@ def test_every_server_answers_as_the_model_does_after_each_hand_over(found: dict
     versions = [r["version"].partition("-") for r in rounds]
     assert [number for _, _, number in versions] == ["1", "2"]
     assert len({trainer for trainer, _, _ in versions}) == 1
+
+
+def test_the_copies_of_a_server_share_the_prompts(found: dict[str, Any]) -> None:
+    assert found["copies"] == ["0", "1"]
 
 
 def test_a_server_gets_whole_weights_of_ranks_that_have_halves_of_them(found: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from posttrain.api.grpo_checks import count_groups
+from posttrain.api.spelling import join_names
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.arguments import training_args
 from posttrain_workloads.data import Mixture, load_mixture
@@ -54,6 +55,7 @@ def check_grpo(
     check_loss(config, findings)
     warn_of_unseen_weights(args, findings)
     check_server_options(config, findings)
+    check_heads(config, findings, model)
     mixture: Mixture | None = None
     # Without a tokenizer, which is a problem already, the rest is looked at as with most models.
     templated = model.tokenizer is None or bool(model.tokenizer.chat_template)
@@ -117,6 +119,30 @@ def warn_of_unseen_weights(args: GRPOConfig | None, findings: Findings) -> None:
             "with vllm_importance_sampling_correction: false nobody compares vLLM's log-probabilities with the "
             "trainer's: if vLLM generates with other weights, it is not noticed"
         )
+
+
+def check_heads(config: TrainingConfig, findings: Findings, model: KnownModel) -> None:
+    """See that vLLM can split the model over the GPUs that it is to (vllm 0.31, config/model.py:1504)."""
+    servers = config.spec.rollout_servers
+    if servers is None:
+        path, nodes = "spec.grpo.args.vllm_tensor_parallel_size", 1
+        given = config.args.get("vllm_tensor_parallel_size")
+        size = given if isinstance(given, int) else 1
+    else:
+        path, nodes = "spec.grpo.rollout.server.tensorParallelSize", servers.nodes_per_replica
+        size = config.spec.server_engine_size
+    heads = model.shape.get("text_config", model.shape).get("num_attention_heads")
+    if not isinstance(heads, int) or heads % size == 0:
+        return
+    fitting = [str(number) for number in range(nodes, size, nodes) if heads % number == 0]
+    remedy = f"write {join_names(fitting, conjunction='or')}" if fitting else f"{nodes} nodes cannot share them"
+    findings.add(
+        Problem(
+            "ConfigInvalid",
+            f"{path}: vLLM splits the model's {heads} attention heads over {size} GPUs or processes, and each has to "
+            f"get as many: {remedy}",
+        )
+    )
 
 
 # --- Prompts ---------------------------------------------------------------------------------------------------------

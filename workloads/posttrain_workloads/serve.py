@@ -2,7 +2,8 @@
 
     python -m posttrain_workloads.serve
 
-It owns the options of `vllm serve`, which this process then becomes; it must not import torch before that.
+It owns the options of `vllm serve`, which this process then becomes, unless the server has several nodes; it must not
+import torch before that.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from posttrain_workloads.arguments import training_args
 from posttrain_workloads.model import model_folder
 from posttrain_workloads.rollout_modes import vllm_environment
 from posttrain_workloads.rollout_plugin import GLOO
+from posttrain_workloads.serve_nodes import Place, serve_together
 
 _VLLM = ("-m", "vllm.entrypoints.cli.main", "serve")
 
 
 def main() -> None:
-    """Become the server that the environment names."""
+    """Become the server that the environment names, or a node of it."""
     config = TrainingConfig.from_json(Path(os.environ[environment.CONFIG]).read_text())
     host, _, port = os.environ[environment.LISTEN].rpartition(":")
     folder = model_folder(config, environ=os.environ)
@@ -36,7 +38,17 @@ def main() -> None:
     if config.gang.gpus_per_node == 0:
         environ["CUDA_VISIBLE_DEVICES"] = ""  # a container without a GPU may still see the node's
     argv = [sys.executable, *_VLLM, str(folder), "--host", host, "--port", port, *options]
-    os.execve(sys.executable, argv, environ)
+    servers = config.spec.rollout_servers
+    assert servers is not None
+    if servers.nodes_per_replica == 1:
+        os.execve(sys.executable, argv, environ)
+    place = Place.of_pod(
+        environ[environment.POD_NAME],
+        nodes=servers.nodes_per_replica,
+        meetings=environ[environment.SERVER_NODES],
+    )
+    key = environ[environment.ROLLOUT_KEY]
+    sys.exit(serve_together(argv, place=place, listen=(host, int(port)), key=key, environ=environ))
 
 
 def serve_options(config: TrainingConfig, *, folder: Path, environ: Mapping[str, str]) -> list[str]:
@@ -48,6 +60,7 @@ def serve_options(config: TrainingConfig, *, folder: Path, environ: Mapping[str,
     options = [
         *("--dtype", serve_dtype(config, folder=folder, environ=environ)),
         *("--tensor-parallel-size", str(config.spec.server_engine_size)),
+        *("--data-parallel-size", str(servers.data_parallel_size)),
         *("--weight-transfer-config", json.dumps({"backend": backend})),
         *("--logprobs-mode", "processed_logprobs"),
         *("--max-logprobs", "-1"),

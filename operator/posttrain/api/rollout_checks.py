@@ -106,9 +106,25 @@ def _servers(spec: TrainingRunSpec, grpo: Grpo, servers: RolloutServers) -> Iter
             "travel from GPU to GPU, or from CPU to CPU"
         )
         yield (*_SERVER, "gpusPerNode"), message
-    size, gpus = spec.server_engine_size, spec.server_gpus
-    if gpus and size > gpus:
-        yield (*_SERVER, "tensorParallelSize"), f"is {size}, and a server has {gpus} GPUs: write at most {gpus}"
+    yield from _parallel_servers(spec, servers)
+
+
+def _parallel_servers(spec: TrainingRunSpec, servers: RolloutServers) -> Iterator[tuple[Path, str]]:
+    """Copies and parts of the model that a server has no place for."""
+    size, copies, nodes = spec.server_engine_size, servers.data_parallel_size, servers.nodes_per_replica
+    gpus = spec.server_gpus * nodes
+    if copies > 1 and nodes > 1:
+        message = f"is {copies}, and a server of {nodes} nodes has one copy: leave it out, and write replicas"
+        yield (*_SERVER, "dataParallelSize"), message
+    elif gpus and copies > gpus:
+        yield (*_SERVER, "dataParallelSize"), f"is {copies}, and a server has {gpus} GPUs: write at most {gpus}"
+    elif gpus and size * copies > gpus:
+        of_each = f" for {copies} copies of the model" if copies > 1 else ""
+        message = f"is {size}, and a server has {gpus} GPUs{of_each}: write at most {gpus // copies}"
+        yield (*_SERVER, "tensorParallelSize"), message
+    elif size % nodes:
+        message = f"is {size}, and each of a server's {nodes} nodes has as large a part: write a multiple of {nodes}"
+        yield (*_SERVER, "tensorParallelSize"), message
 
 
 def _value(grpo: Grpo, key: str) -> object:

@@ -17,29 +17,31 @@ OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _LIKE_OPTION = re.compile(r"-(-|[A-Za-z])")
 
 _ADDRESS = "posttrain gives every server its address"
-_ONE_POD = "a server is one pod: write spec.grpo.rollout.server.replicas and gpusPerNode"
+_ONE_PROCESS = "a server answers at one address, by one process"
 _TRUST = "posttrain makes a key, and says who may reach the servers"
 _MODEL = "it follows from spec.model"
+_COPIES = "write spec.grpo.rollout.server.dataParallelSize"
+_NODES = "write spec.grpo.rollout.server.nodesPerReplica"
 _OVER_GPUS = "write spec.grpo.rollout.server.tensorParallelSize"
 _PLAIN = "the weights that are handed over are not quantized"
 _HAND_OVER = "handing weights over depends on it"
 OWNED_OPTIONS = {
     "api-key": _TRUST,
-    "api-server-count": _ONE_POD,
+    "api-server-count": _ONE_PROCESS,
     "code-revision": _MODEL,
     "config": "write its options here",
-    "data-parallel-external-lb": _ONE_POD,
-    "data-parallel-hybrid-lb": _ONE_POD,
-    "data-parallel-multi-port-external-lb": _ONE_POD,
-    "data-parallel-rank": _ONE_POD,
-    "data-parallel-size": _ONE_POD,
-    "data-parallel-size-local": _ONE_POD,
-    "data-parallel-start-rank": _ONE_POD,
+    "data-parallel-external-lb": _COPIES,
+    "data-parallel-hybrid-lb": _COPIES,
+    "data-parallel-multi-port-external-lb": _COPIES,
+    "data-parallel-rank": _COPIES,
+    "data-parallel-size": _COPIES,
+    "data-parallel-size-local": _COPIES,
+    "data-parallel-start-rank": _COPIES,
     "decode-context-parallel-size": _OVER_GPUS,
     "device-ids": "write spec.grpo.rollout.server.gpusPerNode",
     "dtype": "it is the type that the trainer computes in: write spec.model.dtype",
     "grpc": _HAND_OVER,
-    "headless": _ONE_POD,
+    "headless": _NODES,
     "hf-config-path": _MODEL,
     "hf-overrides": _MODEL,
     "hf-token": "write spec.access.hubTokenSecretRef: a token in a resource can be read by everybody who sees it",
@@ -48,9 +50,9 @@ OWNED_OPTIONS = {
     "max-logprobs": _HAND_OVER,
     "max-model-len": "write spec.grpo.rollout.server.maxModelLength",
     "model": _MODEL,
-    "nnodes": _ONE_POD,
-    "node-rank": _ONE_POD,
-    "pipeline-parallel-size": _ONE_POD,
+    "nnodes": _NODES,
+    "node-rank": _NODES,
+    "pipeline-parallel-size": _OVER_GPUS,
     "port": _ADDRESS,
     "prefill-context-parallel-size": _OVER_GPUS,
     "quantization": _PLAIN,
@@ -73,23 +75,36 @@ OWNED_OPTIONS = {
 class RolloutServers(ApiModel):
     """vLLM servers, each of which generates a share of the completions."""
 
-    replicas: int = Field(
-        default=1, ge=1, le=64, description="Number of servers, one pod each. Default: 1.", examples=[2]
+    replicas: int = Field(default=1, ge=1, le=64, description="Number of servers. Default: 1.", examples=[2])
+    nodes_per_replica: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="Nodes that each server spans, one pod each. Default: 1.",
+        examples=[2],
     )
     gpus_per_node: int | None = Field(
         default=None,
         ge=0,
         le=64,
-        description="GPUs of each server. Default: 1, or 0 where the gang has none.",
+        description="GPUs of a server on each of its nodes. Default: 1, or 0 where the gang has none.",
         examples=[4],
     )
     tensor_parallel_size: int | None = Field(
         default=None,
         ge=1,
         le=64,
-        description="GPUs that a server's model is split over, or processes where it has no GPU. Default: all of the "
-        "server's GPUs, or one process.",
+        description="GPUs that a model of a server is split over, or processes where it has no GPU. Default: all of "
+        "the server's GPUs, divided by dataParallelSize, or one process a node.",
         examples=[4],
+    )
+    data_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Copies of the model in a server, each on GPUs of its own: they share the server's prompts. "
+        "Default: 1.",
+        examples=[2],
     )
     max_model_length: int | None = Field(
         default=None,
@@ -99,10 +114,10 @@ class RolloutServers(ApiModel):
         examples=[4096],
     )
     cpu: Quantity | None = Field(
-        default=None, description="CPUs of each server. Default: the profile's.", examples=["8"]
+        default=None, description="CPUs of each pod of a server. Default: the profile's.", examples=["8"]
     )
     memory: Quantity | None = Field(
-        default=None, description="Memory of each server. Default: the profile's.", examples=["64Gi"]
+        default=None, description="Memory of each pod of a server. Default: the profile's.", examples=["64Gi"]
     )
     args: JsonObject = Field(
         default={},
@@ -111,6 +126,11 @@ class RolloutServers(ApiModel):
         "value. Those that posttrain sets itself are refused. Default: none.",
         examples=[{"gpu-memory-utilization": 0.9, "enforce-eager": True}],
     )
+
+    @property
+    def pods(self) -> int:
+        """Pods of all servers together."""
+        return self.replicas * self.nodes_per_replica
 
 
 def find_option_problems(servers: RolloutServers) -> Iterator[tuple[str, str]]:

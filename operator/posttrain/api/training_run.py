@@ -337,15 +337,28 @@ class TrainingRunSpec(ApiModel):
 
     @property
     def server_engine_size(self) -> int:
-        """GPUs, or without any processes, that a server's model is split over."""
+        """GPUs, or without any processes, that a model of a server is split over."""
         servers = self.rollout_servers
-        return (servers and servers.tensor_parallel_size) or max(self.server_gpus, 1)
+        if servers is None:
+            return 1
+        if servers.tensor_parallel_size is not None:
+            return servers.tensor_parallel_size
+        gpus = self.server_gpus * servers.nodes_per_replica
+        return max(gpus // servers.data_parallel_size, servers.nodes_per_replica)
+
+    @property
+    def server_ranks_per_node(self) -> int:
+        """GPUs, or without any processes, that a server's models use on each of its nodes."""
+        servers = self.rollout_servers
+        if servers is None:
+            return 0
+        return self.server_engine_size * servers.data_parallel_size // servers.nodes_per_replica
 
     @property
     def gpus(self) -> int:
         """GPUs of the gang and of its servers."""
         servers = self.rollout_servers
-        beside = servers.replicas * self.server_gpus if servers is not None else 0
+        beside = servers.pods * self.server_gpus if servers is not None else 0
         return self.resources.num_nodes * self.resources.gpus_per_node + beside
 
     @property

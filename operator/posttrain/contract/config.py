@@ -105,17 +105,24 @@ class TrainingConfig(ContractModel):
 
 def immutable_spec(spec: TrainingRunSpec) -> dict[str, Any]:
     """Return the part of a spec that never changes while the run lives, as JSON data."""
-    data = {key: value for key, value in spec.to_data().items() if key not in MUTABLE_FIELDS}
-    for name, mutable in {**MUTABLE_PARTS, "resources": MUTABLE_RESOURCES_FIELDS}.items():
-        if name in data:
-            data[name] = {key: value for key, value in data[name].items() if key not in mutable}
-    return data
+    return _immutable(spec.to_data())
 
 
 def config_hash(spec: TrainingRunSpec) -> str:
     """Return the hash that a run is accepted with: of the immutable part, after coercion, hence of equal meaning.
 
-    The spec's `args` must have been coerced (`posttrain.api.args.coerce_args`).
+    Fields that have their defaults do not count: a run that lives is accepted as it was by an operator that knows more
+    fields. The spec's `args` must have been coerced (`posttrain.api.args.coerce_args`).
     """
-    text = json.dumps(immutable_spec(spec), sort_keys=True, separators=(",", ":"))
+    data = _immutable(spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _immutable(data: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in data.items() if key not in MUTABLE_FIELDS}
+    for name, mutable in {**MUTABLE_PARTS, "resources": MUTABLE_RESOURCES_FIELDS}.items():
+        part = {key: value for key, value in kept.pop(name, {}).items() if key not in mutable}
+        if part:
+            kept[name] = part
+    return kept

@@ -84,7 +84,7 @@ def _maker_without_pods(run: TrainingRun, belongings: Belongings) -> Manifest | 
     if job is not None and pods < run.spec.resources.num_nodes and parse_job_state(job).phase == "Pending":
         return job
     servers, wanted = belongings.objects.get(servers_ref(run.metadata.name)), run.spec.rollout_servers
-    if servers is None or wanted is None or len(pods_of_role(belongings.pods, labels.ROLE_SERVER)) >= wanted.replicas:
+    if servers is None or wanted is None or len(pods_of_role(belongings.pods, labels.ROLE_SERVER)) >= wanted.pods:
         return None
     return servers
 

@@ -107,7 +107,7 @@ def build_workload(inputs: PodInputs, *, ask: Ask, priority_class: str | None, p
     servers = run.spec.rollout_servers
     pod_sets = [_pod_set(POD_SET, build_trainer_template(inputs), count=run.spec.resources.num_nodes)]
     if servers is not None:
-        pod_sets.append(_pod_set(SERVER_POD_SET, build_server_template(inputs), count=servers.replicas))
+        pod_sets.append(_pod_set(SERVER_POD_SET, build_server_template(inputs), count=servers.pods))
     spec: dict[str, Any] = {"queueName": ask.queue}
     if priority_class is not None:
         reference = {"group": "kueue.x-k8s.io", "kind": "WorkloadPriorityClass", "name": priority_class}

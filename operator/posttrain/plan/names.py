@@ -9,6 +9,7 @@ import hashlib
 import re
 
 from posttrain.api.base import GROUP
+from posttrain.api.servers import RolloutServers
 
 PREPARE_ATTEMPT = 0
 """The number under which prepare reports; attempts of the gang count from 1."""
@@ -60,10 +61,10 @@ def server_key_name(run: str, *, uid: str) -> str:
     return f"{run}-server-{hashlib.sha256(uid.encode()).hexdigest()[:8]}"
 
 
-def server_addresses(run: str, *, replicas: int, port: int) -> tuple[str, ...]:
-    """Return the address of each rollout server, by its pod in the headless Service."""
+def server_addresses(run: str, servers: RolloutServers, *, port: int) -> tuple[str, ...]:
+    """Return the address of each rollout server, by its first node's pod in the headless Service."""
     name = server_name(run)
-    return tuple(f"http://{name}-{index}.{name}:{port}" for index in range(replicas))
+    return tuple(f"http://{name}-{first}.{name}:{port}" for first in range(0, servers.pods, servers.nodes_per_replica))
 
 
 def sandbox_name(run: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.api.servers import RolloutServers
 from posttrain.contract import environment
 from posttrain.plan import names, sources
 from posttrain.plan.deepspeed import STAGES
@@ -21,6 +22,7 @@ from posttrain.plan.pod_inputs import (
     FILES_FOLDER,
     RUNTIME_FOLDER,
     SERVER_KEY,
+    SERVER_NODES_PORT,
     SERVER_PORT,
     STORAGE_FOLDER,
     TERMINATION_FILE,
@@ -61,13 +63,16 @@ def trainer_environment(inputs: PodInputs) -> list[dict[str, Any]]:
     return [*_gang_env(inputs), *_common_env(inputs), *_user_env(inputs)]
 
 
-def server_environment(inputs: PodInputs, *, cpu: str, ranks: int) -> list[dict[str, Any]]:
-    """Return the variables of a rollout server with so many CPUs and processes."""
-    values = {**inputs.profile.env, "OMP_NUM_THREADS": str(_threads(cpu, ranks=ranks))}
+def server_environment(inputs: PodInputs, servers: RolloutServers, *, cpu: str) -> list[dict[str, Any]]:
+    """Return the variables of a node of a rollout server with so many CPUs."""
+    threads = _threads(cpu, ranks=inputs.run.spec.server_ranks_per_node)
+    values = {**inputs.profile.env, "OMP_NUM_THREADS": str(threads)}
+    meeting = names.server_addresses(inputs.run.metadata.name, servers, port=SERVER_NODES_PORT)
     return [
         *_given(inputs, values),
         *_common_env(inputs, reports=False),
         _variable(environment.LISTEN, f"0.0.0.0:{SERVER_PORT}"),
+        *([_variable(environment.SERVER_NODES, ",".join(meeting))] if servers.nodes_per_replica > 1 else ()),
         _server_key(inputs),
         *_user_env(inputs),
     ]
@@ -170,7 +175,7 @@ def _gang_env(inputs: PodInputs) -> list[dict[str, Any]]:
     servers = spec.rollout_servers
     if servers is None:
         return given
-    addresses = names.server_addresses(inputs.run.metadata.name, replicas=servers.replicas, port=SERVER_PORT)
+    addresses = names.server_addresses(inputs.run.metadata.name, servers, port=SERVER_PORT)
     return [*given, _variable(environment.ROLLOUT_SERVERS, ",".join(addresses)), _server_key(inputs)]
 
 

@@ -24,6 +24,7 @@ SHARED_MEMORY_FOLDER = "/dev/shm"
 TERMINATION_FILE = "/dev/termination-log"
 
 SERVER_PORT = 8000
+SERVER_NODES_PORT = 8001
 SERVER_KEY = "key"
 """In the Secret that the rollout servers and the gang read."""
 

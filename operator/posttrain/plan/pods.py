@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from posttrain.contract.result import ExitCode
 from posttrain.plan import names
 from posttrain.plan.attempts import Gang
 from posttrain.plan.manifests import (
@@ -91,19 +92,24 @@ def find_obstacle(pods: Iterable[Manifest], *, events: Iterable[Manifest] = ()) 
 
 
 def find_end(pods: Iterable[Manifest], *, container: str) -> str | None:
-    """Return how the first container ended that is to serve and does not: it waits for its next start, or loads again.
+    """Return how a container ended that is to serve and does not: it waits for its next start, or loads again.
 
-    With its last words.
+    With its last words. It is the first of those that ended by themselves, if any did.
     """
+    found = None
     for pod in pods:
         status = container_status(pod, container)
         ends = (status.get("state") or {}).get("terminated"), (status.get("lastState") or {}).get("terminated")
         ended = next((end for end in ends if end), None)
-        if ended is not None and not status.get("ready"):
-            words = str(ended.get("message") or ended.get("reason") or "no message").strip().splitlines()
-            said = "\n".join(words[-_SHOWN_LINES:])
-            return f"pod {pod['metadata']['name']} ends with exit code {ended.get('exitCode')}: {said}"
-    return None
+        if ended is None or status.get("ready"):
+            continue
+        words = str(ended.get("message") or ended.get("reason") or "no message").strip().splitlines()
+        said = "\n".join(words[-_SHOWN_LINES:])
+        told = f"pod {pod['metadata']['name']} ends with exit code {ended.get('exitCode')}: {said}"
+        if ended.get("exitCode") != ExitCode.TERMINATED:
+            return told
+        found = found or told
+    return found
 
 
 def find_refusal(events: Iterable[Manifest], *, of: str, missing: int, size: int) -> Says | None:

@@ -9,8 +9,10 @@ looked at again: the operator has no right to.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
+from posttrain.api.servers import RolloutServers
 from posttrain.api.training_run import TrainingRun
 from posttrain.plan import labels, names
 from posttrain.plan.manifests import container_status, is_being_deleted, pod_condition
@@ -51,7 +53,7 @@ def build_stateful_set(inputs: PodInputs) -> Manifest:
         "metadata": build_metadata(run, name=name, labels=labels.run_labels(run.metadata.name)),
         "spec": {
             "serviceName": name,
-            "replicas": servers.replicas,
+            "replicas": servers.pods,
             "podManagementPolicy": "Parallel",
             "updateStrategy": {"type": "OnDelete"},
             "selector": {"matchLabels": _selector(run)},
@@ -112,6 +114,11 @@ def count_restarts(pods: Iterable[Manifest]) -> dict[str, int]:
     return {pod["metadata"]["uid"]: restarts for pod in pods if (restarts := restarts_of(pod))}
 
 
-def count_ready(pods: Iterable[Manifest]) -> int:
-    """Return how many servers answer."""
-    return sum(1 for pod in pods if is_ready(pod))
+def count_ready(pods: Iterable[Manifest], *, servers: RolloutServers) -> int:
+    """Return how many servers answer, with all of their nodes."""
+    ready = Counter(_ordinal(pod) // servers.nodes_per_replica for pod in pods if is_ready(pod))
+    return sum(1 for nodes in ready.values() if nodes == servers.nodes_per_replica)
+
+
+def _ordinal(pod: Manifest) -> int:
+    return int(pod["metadata"]["name"].rpartition("-")[2])

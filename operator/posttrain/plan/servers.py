@@ -29,10 +29,10 @@ def explain_servers(situation: Situation) -> Says:
     refused = find_refusal(
         situation.observed.creation_events,
         of=server_name(situation.name),
-        missing=servers.replicas - len(pods),
-        size=servers.replicas,
+        missing=servers.pods - len(pods),
+        size=servers.pods,
     )
-    loading = f"{count_ready(pods)} of {servers.replicas} servers answer"
+    loading = f"{count_ready(pods, servers=servers)} of {servers.replicas} servers answer"
     obstacle = refused or find_obstacle(pods, events=situation.observed.pod_events)
     return obstacle or Says("False", "Loading", loading)
 

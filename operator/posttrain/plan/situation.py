@@ -168,7 +168,7 @@ class Situation:
     def servers_ready(self) -> bool:
         """Whether every rollout server answers that the run is to have; also without any."""
         servers = self.run.spec.rollout_servers
-        return servers is None or count_ready(self.server_pods) >= servers.replicas
+        return servers is None or count_ready(self.server_pods, servers=servers) >= servers.replicas
 
     @cached_property
     def gang(self) -> Gang:
@@ -195,7 +195,7 @@ class Situation:
         if resources.queue_name is None or not self.settings.queues:
             return None
         servers = self.run.spec.rollout_servers
-        pods = resources.num_nodes + (servers.replicas if servers is not None else 0)
+        pods = resources.num_nodes + (servers.pods if servers is not None else 0)
         return Ask(queue=resources.queue_name, pods=pods, profile=resources.profile or "")
 
     @cached_property

@@ -81,21 +81,22 @@ def build_server_template(inputs: PodInputs) -> dict[str, Any]:
     servers = run.spec.rollout_servers
     assert servers is not None
     cpu, memory = servers.cpu or profile.cpu, servers.memory or profile.memory
+    own_labels = {**labels.run_labels(run.metadata.name), labels.ROLE: labels.ROLE_SERVER}
     return _placed_template(
         inputs,
         container={
             "name": SERVER_CONTAINER,
             "image": inputs.image,
             "command": ["python", "-m", "posttrain_workloads.serve"],
-            "env": server_environment(inputs, cpu=cpu, ranks=run.spec.server_engine_size),
+            "env": server_environment(inputs, servers, cpu=cpu),
             "ports": [{"name": "http", "containerPort": SERVER_PORT, "protocol": "TCP"}],
             "startupProbe": {**health, "failureThreshold": _LOADING_SECONDS // health["periodSeconds"]},
             "readinessProbe": {**health, "failureThreshold": 6},
             "resources": _resources(profile, cpu=cpu, memory=memory, gpus=run.spec.server_gpus, devices={}),
         },
-        own_labels={**labels.run_labels(run.metadata.name), labels.ROLE: labels.ROLE_SERVER},
+        own_labels=own_labels,
         shared_memory=profile.shared_memory or memory,
-        affinity={},
+        affinity=_near_each_other(inputs, own_labels) if servers.nodes_per_replica > 1 else {},
         last_words="FallbackToLogsOnError",  # vLLM writes no message of its own
         reports=False,
     )
@@ -315,17 +316,15 @@ def _affinity(inputs: PodInputs) -> dict[str, Any]:
         affinity["nodeAffinity"] = {
             "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [term]}]}
         }
-    if inputs.profile.topology_key and inputs.run.spec.resources.num_nodes > 1:
-        peers = labels.attempt_labels(inputs.run.metadata.name, attempt=inputs.attempt)
-        affinity["podAffinity"] = {
-            "preferredDuringSchedulingIgnoredDuringExecution": [
-                {
-                    "weight": 100,
-                    "podAffinityTerm": {
-                        "topologyKey": inputs.profile.topology_key,
-                        "labelSelector": {"matchLabels": peers},
-                    },
-                }
-            ]
-        }
+    if inputs.run.spec.resources.num_nodes > 1:
+        affinity |= _near_each_other(inputs, labels.attempt_labels(inputs.run.metadata.name, attempt=inputs.attempt))
     return affinity
+
+
+def _near_each_other(inputs: PodInputs, peers: Mapping[str, str]) -> dict[str, Any]:
+    """Return the wish for a place near the pods of these labels, where the profile says what is near."""
+    if not inputs.profile.topology_key:
+        return {}
+    term = {"topologyKey": inputs.profile.topology_key, "labelSelector": {"matchLabels": dict(peers)}}
+    preferred = [{"weight": 100, "podAffinityTerm": term}]
+    return {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -28,6 +29,7 @@ from posttrain.control.kinds import (
 )
 from posttrain.control.port import Conflict, InternalError, ObjectKey, Rejected, Unavailable
 from posttrain.plan.types import Manifest
+from posttrain.settings import Profile, Settings
 from tests.support.bench import RUN, Bench, wait_out_pending_deadline
 from tests.support.builders import build_other_run
 from tests.support.faults import Call, Crash, Fault
@@ -1269,6 +1271,168 @@ def test_a_spec_that_cannot_be_carried_out_is_told_by_field() -> None:
     message = bench.condition("Accepted").message
     assert "spec.sft.args.learning_rat" in message
     assert "spec.resources.profile: there is no profile 'h200' here" in message
+
+
+def take_profile_away(bench: Bench) -> None:
+    """Begin anew as an operator in whose settings the run's profile is no more."""
+    bench.settings = Settings()
+    bench.start()
+
+
+def misspell_argument(bench: Bench) -> None:
+    """Let the operator find an argument that it does not know, as a stricter one would in the spec as it was."""
+    bench.others.change_run(sft={"args": {"learning_rat": 0.1}})
+
+
+def refuse_live_run(bench: Bench, refuse: Callable[[Bench], None], **spec: Any) -> None:
+    """Let an attempt train, and its spec be refused then."""
+    bench.submit(resources={"gpusPerNode": 1, "profile": "h200"}, **spec)
+    run_gang(bench)
+    refuse(bench)
+    bench.settle()
+    assert bench.says("Accepted") == bench.says("Succeeded") == ("False", "InvalidSpec")
+    assert (bench.status.stage, bench.says("PodsReady")) == ("Training", ("True", "AllPodsRunning"))
+
+
+REFUSALS = pytest.mark.parametrize("refused", [take_profile_away, misspell_argument])
+
+
+def bench_with_profiles() -> Bench:
+    return Bench(settings=Settings(profiles={"default": Profile(), "h200": Profile(price_per_gpu_hour="2")}))
+
+
+@REFUSALS
+def test_a_gang_whose_spec_is_refused_while_it_trains_goes_on_and_ends_the_run(
+    refused: Callable[[Bench], None],
+) -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, refused)
+    job = child(bench, PYTORCHJOB, "demo-a1")
+    bench.wait(3600)
+    bench.others.tell(CheckpointSaved(step=5, uri="pvc://demo/c", bytes=1, digest="0"), attempt=1)
+    bench.settle()
+    usage, checkpoints = bench.status.usage, bench.status.checkpoints
+    assert (usage and usage.cost, checkpoints and checkpoints.latest_step) == ("2.00", 5)
+    assert child(bench, PYTORCHJOB, "demo-a1") == job
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+
+    assert bench.says("Succeeded") == bench.says("Finished") == ("True", "Completed")
+    assert bench.says("Stalled") == ("False", "Completed")
+    assert bench.says("Accepted") == ("False", "InvalidSpec")
+    assert bench.says("Prepared") == ("True", "PrepareDisabled")
+    assert bench.status.model and bench.status.model.uri == "pvc://demo/demo/final"
+
+
+@REFUSALS
+def test_a_gang_that_fails_under_a_refused_spec_is_charged_and_no_other_is_made_until_it_is_mended(
+    refused: Callable[[Bench], None],
+) -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, refused)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+
+    restarts, failure = bench.status.restarts, bench.status.failure
+    charged = (bench.status.attempt, restarts and restarts.infrastructure, failure and failure.reason)
+    assert charged == (2, 1, "RankKilled")
+    assert bench.says("Accepted") == bench.says("Succeeded") == bench.says("Finished") == ("False", "InvalidSpec")
+    assert bench.says("Stalled") == ("True", "InvalidSpec")
+    assert bench.names(PYTORCHJOB, CONFIG_MAP) == []
+    version = bench.run["metadata"]["resourceVersion"]
+    bench.wait(1000)
+    bench.settle()
+    assert bench.run["metadata"]["resourceVersion"] == version, "the status does not flap"
+
+    bench.others.change_run(sft={"args": {"max_steps": 20}})
+    bench.settings = bench_with_profiles().settings
+    bench.start()
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a2"]
+
+
+def test_a_gang_that_fails_under_a_refused_spec_ends_the_run_when_the_budget_is_spent() -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, take_profile_away, restarts={"maxInfrastructureRestarts": 0})
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+
+    assert bench.says("Finished") == ("True", "RankKilled")
+    assert bench.status.stage == "Failed"
+
+
+def test_a_gang_whose_spec_is_refused_is_suspended_and_has_its_deadline() -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, misspell_argument, activeDeadlineSeconds=600)
+    bench.others.change_run(suspend=True)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    assert (bench.status.stage, bench.names(PYTORCHJOB)) == ("Suspended", [])
+    bench.others.change_run(suspend=False)
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == []
+
+    bench.wait(601)
+    bench.settle()
+    assert bench.says("Finished") == ("True", "DeadlineExceeded")
+
+
+def test_a_profile_that_is_not_there_is_not_pinned_instead_of_the_one_that_is() -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, take_profile_away)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    pinned = bench.status.provenance
+    assert pinned is not None
+    bench.others.change_run(resources={"gpusPerNode": 1, "profile": "h201"})
+    bench.settle()
+    assert "spec.resources.profile: there is no profile 'h201' here" in bench.condition("Accepted").message
+    assert bench.status.provenance == pinned
+
+    bench.others.change_run(resources={"gpusPerNode": 1})
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    provenance = bench.status.provenance
+    assert provenance and provenance.profile_name is None
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a2"]
+
+
+def test_a_gang_that_ends_while_the_spec_cannot_be_read_is_told_so_and_judged_later() -> None:
+    bench = Bench()
+    run = bench.submit()
+    run_gang(bench)
+    bench.others.change_run(colour="blue")
+    bench.settle()
+    assert (bench.status.stage, bench.says("PodsReady")) == ("Training", ("True", "AllPodsRunning"))
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+
+    assert bench.status.stage == "Pending"
+    assert bench.says("PodsReady") == ("False", "InvalidSpec")
+    told = "attempt 1: its PyTorchJob has ended (Succeeded), which is judged when the spec can be read again"
+    assert bench.condition("PodsReady").message == told
+    bench.cluster.put({**bench.run, "spec": run["spec"]})
+    bench.settle()
+    assert bench.says("Succeeded") == ("True", "Completed")
+
+
+def test_a_run_that_ended_stays_so_when_its_spec_cannot_be_read_any_more() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+    status = bench.run["status"]
+    bench.others.change_run(colour="blue")
+    bench.settle()
+
+    assert bench.run["status"] == status
 
 
 def test_own_code_is_waited_for_and_kept_as_it_was_when_it_came() -> None:

@@ -125,7 +125,7 @@ class Reconciler:
         try:
             run = _parse(manifest)
         except InvalidResource as error:
-            await self._refuse(manifest, error.problems)
+            await self._refuse(manifest, error.problems, belongings)
             return None
         obstacles = self._known_obstacles(run_key)
         known = obstacles.refs
@@ -342,8 +342,10 @@ class Reconciler:
         status = plan.status.model_dump(mode="json", by_alias=True, exclude_none=True)
         await self._tell(await self._write_status(manifest, status), plan.events)
 
-    async def _refuse(self, manifest: Manifest, problems: tuple[Problem, ...]) -> None:
-        status = status_of_unreadable(manifest, problems, now=self._clock())
+    async def _refuse(self, manifest: Manifest, problems: tuple[Problem, ...], belongings: Belongings) -> None:
+        status = status_of_unreadable(manifest, problems, objects=belongings.objects, now=self._clock())
+        if status is None:
+            return
         told = status.model_dump(mode="json", by_alias=True, exclude_none=True)
         # What cannot be read today stays too: attempts and counters are facts, and nobody could tell them again.
         await self._write_status(manifest, {**(manifest.get("status") or {}), **told})

@@ -14,22 +14,23 @@ from posttrain.plan.status import Says, Verdict
 from posttrain.plan.verdicts import refuse
 
 
-def spec_invalid(situation: Situation) -> Verdict | None:
-    """The spec asks for something that cannot be: nothing is made until it is changed."""
-    if not situation.problems:
-        return None
-    return refuse(situation, "InvalidSpec", "\n".join(str(problem) for problem in situation.problems))
-
-
 def explain_obstacle(situation: Situation) -> Says | None:
     """Return what keeps children from being made as they are wanted, whatever the run does."""
     return (
-        explain_predecessors(situation)
+        _explain_problems(situation)
+        or explain_predecessors(situation)
         or _explain_change(situation)
         or _explain_conflict(situation)
         or _explain_refusal(situation)
         or _explain_lost_code(situation)
     )
+
+
+def _explain_problems(situation: Situation) -> Says | None:
+    """The spec asks for something that cannot be, or that this operator, other than an earlier one, does not take."""
+    if not situation.problems:
+        return None
+    return Says("False", "InvalidSpec", "\n".join(str(problem) for problem in situation.problems))
 
 
 def _explain_change(situation: Situation) -> Says | None:

@@ -1,6 +1,7 @@
 """Which objects a run consists of at each point: the ones of the run, of prepare, of one attempt.
 
-It owns the sets and their order; it must not decide when they are wanted.
+It owns the sets and their order; it must not decide when they are wanted. Of an attempt whose spec is refused nothing
+is built: what it asks for cannot be read.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ CLAIM = "v1", "PersistentVolumeClaim"
 
 def run_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return what a run has from its acceptance to its end, in apply order."""
+    if situation.problems:
+        return ()
     run = situation.run
     children = []
     if run.spec.access.service_account_name is None:
@@ -80,6 +83,8 @@ def prepare_refs(situation: Situation) -> tuple[ObjectRef, ...]:
 
 def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return the ConfigMap and the PyTorchJob of the current attempt."""
+    if situation.problems:
+        return ()
     spec, attempt = situation.spec, situation.attempt
     zero = spec.parallelism.strategy in STAGES
     config_name = names.attempt_name(situation.name, attempt=attempt)
@@ -97,6 +102,8 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
 
 def service_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return what a gang waits for until it serves: the run's sandbox and its rollout servers."""
+    if situation.problems:
+        return ()
     return *_sandbox_children(situation), *_server_children(situation)
 
 

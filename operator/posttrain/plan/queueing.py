@@ -78,6 +78,8 @@ def awaiting_quota(situation: Situation) -> Verdict | None:
         return go_on(situation, deletes=withdraw(situation))
     if workload is not None and (workload.reserved or workload.being_deleted):
         return go_on(situation, patches=release(situation))
+    if situation.problems:
+        return go_on(situation)
     missing = _missing_priority_class(situation)
     if missing is not None:
         return go_on(situation, waits=missing)

@@ -85,9 +85,13 @@ class Situation:
 
     @cached_property
     def profile(self) -> Profile:
-        """The profile: as pinned, else (or where the spec has another one since) as the settings have it now."""
+        """The profile: as pinned, else (or where the spec has another one since) as the settings have it now.
+
+        A spec that names none of the settings' is refused: until it is mended, what is pinned stays.
+        """
         pinned, name = self.provenance, self.run.spec.resources.profile
-        if pinned.profile is not None and pinned.profile_name == name:
+        known = self.settings.profiles.get(name or self.settings.default_profile)
+        if pinned.profile is not None and (pinned.profile_name == name or known is None):
             return Profile.model_validate(pinned.profile)
         return self.settings.profiles[name or self.settings.default_profile]
 

@@ -62,7 +62,8 @@ def pin_spec(situation: Situation) -> ProvenanceStatus:
     """Return the provenance with what a run is accepted with; what is pinned already stays, but for another profile."""
     provenance = situation.provenance
     asked_for = situation.run.spec.resources.profile
-    if provenance.profile is not None and provenance.profile_name != asked_for and not situation.was_created:
+    changed = provenance.profile is not None and provenance.profile_name != asked_for
+    if changed and not situation.was_created and not situation.problems:
         provenance = pin_profile(situation)
     if provenance.config_hash is not None:
         return provenance
@@ -84,8 +85,10 @@ def pin_profile(situation: Situation) -> ProvenanceStatus:
     return situation.provenance.model_copy(update=changes)
 
 
-def say_prepared(situation: Situation) -> Says:
-    """Return what `Prepared` says once attempts begin."""
+def say_prepared(situation: Situation) -> Says | None:
+    """Return what `Prepared` says once attempts begin; None where nothing can be told from a spec that is refused."""
+    if situation.problems:
+        return None
     return Says("True", "Prepared" if is_needed(situation) else "PrepareDisabled")
 
 
@@ -310,7 +313,7 @@ def finish(
     situation: Situation,
     *,
     succeeded: Says,
-    prepared: Says,
+    prepared: Says | None,
     kept: bool = False,
     changes: dict[str, Any],
 ) -> Verdict:

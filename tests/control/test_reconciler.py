@@ -7,11 +7,13 @@ from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
+import orjson
 import pytest
 
 from posttrain.api.conditions import TRAINING_RUN_CONDITIONS
 from posttrain.contract.facts import CheckpointSaved, PrepareResult, Started
 from posttrain.contract.result import Result
+from posttrain.control.drift import has_drifted
 from posttrain.control.kinds import (
     CLAIM,
     CONFIG_MAP,
@@ -440,29 +442,62 @@ def test_a_first_gang_whose_creation_got_no_answer_is_not_made_twice() -> None:
 
 def test_an_operator_with_other_settings_makes_the_gang_of_an_attempt_that_another_one_began() -> None:
     """The attempt's ConfigMap is immutable, and the job is not there yet: a leader was lost between the two."""
-    undisturbed = Bench()
-    undisturbed.submit()
-    undisturbed.settle()
-    before = [call.text for call in undisturbed.port.calls].index("create PyTorchJob demo-a1")
     bench = Bench()
     bench.submit()
-    bench.port.faults.extend([*[None] * before, Fault(when="before", error=Unavailable("the leader was lost"))])
-    with pytest.raises(Unavailable):
-        bench.settle()
-    assert bench.names(PYTORCHJOB) == []
+    lose_leader_before_the_job(bench)
     data = child(bench, CONFIG_MAP, "demo-a1")["data"]
 
     bench.settings = bench.settings.model_copy(update={"termination_grace_seconds": 5})
     bench.start()
+    bench.port.clear()
     bench.settle()
 
-    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
-    assert child(bench, CONFIG_MAP, "demo-a1")["data"] == data
-    run_gang(bench)
-    bench.wait(31)
-    bench.settle()
+    assert bench.port.writes() == ["create PyTorchJob demo-a1", "apply_status TrainingRun demo"]
     assert bench.says("Accepted") == ("True", "Accepted")
-    assert bench.status.stage == "Training"
+    assert child(bench, CONFIG_MAP, "demo-a1")["data"] == data
+    assert not has_drifted(child(bench, PYTORCHJOB, "demo-a1"), wanted=orjson.loads(data["job.json"]))
+    run_gang(bench)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    assert pod_spec(bench, attempt=2)["terminationGracePeriodSeconds"] == 5
+
+
+def lose_leader_before_the_job(bench: Bench) -> None:
+    """Let the operator come as far as the ConfigMap of the first attempt."""
+
+    def answer(call: Call) -> BaseException | None:
+        return Unavailable("the leader was lost") if call.text == "create PyTorchJob demo-a1" else None
+
+    bench.port.refuse = answer
+    with pytest.raises(Unavailable):
+        bench.settle()
+    bench.port.refuse = lambda call: None
+    assert bench.names(PYTORCHJOB, CONFIG_MAP) == ["ConfigMap demo-a1"]
+
+
+def pod_spec(bench: Bench, *, attempt: int) -> Manifest:
+    """Return the spec of the pods of an attempt's job."""
+    job = child(bench, PYTORCHJOB, f"demo-a{attempt}")
+    spec: Manifest = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    return spec
+
+
+def test_a_config_that_is_about_to_go_begins_no_gang() -> None:
+    bench = Bench()
+    bench.submit()
+    lose_leader_before_the_job(bench)
+    held = child(bench, CONFIG_MAP, "demo-a1")
+    bench.cluster.put({**held, "metadata": {**held["metadata"], "finalizers": ["slow/collector"]}})
+    bench.others.delete(CONFIG_MAP, "demo-a1")
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == []
+
+    gone = child(bench, CONFIG_MAP, "demo-a1")
+    bench.cluster.put({**gone, "metadata": {**gone["metadata"], "finalizers": []}})
+    bench.settle()
+    assert bench.names(PYTORCHJOB, CONFIG_MAP) == ["PyTorchJob demo-a1", "ConfigMap demo-a1"]
 
 
 # --- Obstacles -------------------------------------------------------------------------------------------------------
@@ -1559,6 +1594,75 @@ def test_a_flavor_that_is_missing_is_looked_for_soon_because_its_quota_is_held()
     bench.wait(5)
     bench.settle()
     assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+def put_flavor(bench: Bench, name: str) -> None:
+    """Make a flavor whose pods go to nodes of their own."""
+    bench.cluster.put(kueue_object(RESOURCE_FLAVOR, name, spec={"nodeLabels": {"pool": name}}))
+
+
+def begin_in_queue(bench: Bench) -> None:
+    """Let the operator come as far as the ConfigMap of an attempt that has its quota in the flavor `first`."""
+    put_flavor(bench, "first")
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    admit(bench, flavor="first")
+    lose_leader_before_the_job(bench)
+
+
+def preempt(bench: Bench) -> None:
+    """Let Kueue ask for the quota back."""
+    workload = child(bench, WORKLOAD)
+    evicted = {"type": "Evicted", "status": "True", "reason": "Preempted", "message": "for a higher priority"}
+    workload["status"]["conditions"].append(evicted)
+    bench.cluster.put(workload)
+
+
+def test_a_gang_is_not_made_for_the_nodes_of_a_reservation_that_was_lost_before() -> None:
+    bench = Bench()
+    begin_in_queue(bench)
+    preempt(bench)
+    bench.start()
+    bench.port.clear()
+    bench.settle()
+    assert bench.port.writes() == ["delete ConfigMap demo-a1", "apply_status TrainingRun demo", "patch Workload demo"]
+    assert bench.names(CONFIG_MAP) == []
+
+    put_flavor(bench, "second")
+    admit(bench, flavor="second")
+    bench.wait(5)
+    bench.settle()
+    assert pod_spec(bench, attempt=1)["nodeSelector"] == {"pool": "second"}
+    assert bench.status.attempt == 1
+
+
+def test_a_reservation_is_not_given_back_before_what_was_made_for_it_is_gone() -> None:
+    bench = Bench()
+    begin_in_queue(bench)
+    bench.port.refuse = lambda call: Rejected("denied by policy") if call.method == "delete" else None
+    preempt(bench)
+    bench.start()
+    bench.port.clear()
+    for _ in range(3):
+        bench.settle()
+        bench.wait(31)
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert [text for text in bench.port.writes() if "Workload" in text] == []
+
+    assert_accepted_when_nothing_is_refused(bench)
+    assert bench.names(CONFIG_MAP) == []
+
+
+def test_a_run_that_leaves_its_queue_while_it_is_suspended_has_no_nodes_of_it() -> None:
+    bench = Bench()
+    begin_in_queue(bench)
+    bench.others.change_run(suspend=True)
+    bench.settle()
+    assert bench.names(WORKLOAD, CONFIG_MAP) == []
+    bench.others.change_run(suspend=False, resources={**QUEUE, "queueName": None})
+    bench.settle()
+
+    assert "nodeSelector" not in pod_spec(bench, attempt=1)
 
 
 def test_a_priority_that_is_missing_is_looked_for_now_and_then() -> None:

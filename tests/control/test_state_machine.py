@@ -127,8 +127,10 @@ class Operator(RuleBasedStateMachine):
             self.see()
             self.reconcile()
 
-    @rule()
-    def the_operator_starts_anew(self) -> None:
+    @rule(grace_seconds=st.sampled_from([120, 120, 5]))
+    def the_operator_starts_anew(self, grace_seconds: int) -> None:
+        """Mostly with the settings of the one before."""
+        self.bench.settings = self.bench.settings.model_copy(update={"termination_grace_seconds": grace_seconds})
         self.bench.start()
 
     @rule(kinds=LAGGING)

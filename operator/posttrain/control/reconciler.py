@@ -217,8 +217,7 @@ class Reconciler:
             ref = ObjectRef.of(wanted)
             observed = belongings.objects.get(ref)
             if observed is not None:
-                # One that cannot be mended is there all the same: a ConfigMap that an operator with other settings made
-                # for this attempt is what the attempt was begun with.
+                # One that cannot be mended is there all the same.
                 if has_drifted(observed, wanted=wanted):
                     await self._repair(observed, wanted, run, obstacles)
             elif lacking and _kind_of(wanted) in _MAKES_PODS:

@@ -70,6 +70,8 @@ def awaiting_quota(situation: Situation) -> Verdict | None:
     if situation.has_quota:
         return _unusable_quota(situation)
     ask, workload = situation.ask, situation.workload
+    if situation.is_begun:
+        return go_on(situation)  # what was made for the reservation that is lost goes before there is another
     if ask is None:
         return go_on(situation, deletes=withdraw(situation))
     if not situation.observed.kueue:

@@ -148,6 +148,11 @@ class Situation:
         """The PyTorchJob of the current attempt."""
         return self.observed.objects.get(job_ref(self.name, attempt=self.attempt))
 
+    @property
+    def attempt_config(self) -> Manifest | None:
+        """The ConfigMap of the current attempt."""
+        return self.observed.objects.get(ObjectRef(*CONFIG_MAP, names.attempt_name(self.name, attempt=self.attempt)))
+
     @cached_property
     def trainer_pods(self) -> tuple[Manifest, ...]:
         """The pods of all attempts' gangs."""
@@ -236,6 +241,11 @@ class Situation:
     def was_created(self) -> bool:
         """Whether the current attempt's job exists or has been seen."""
         return self.job is not None or self.status.attempt_created_time is not None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a job may still be made from the current attempt's ConfigMap: only that is there so far."""
+        return self.attempt_config is not None and not self.was_created
 
     @cached_property
     def old_children(self) -> tuple[ObjectRef, ...]:

@@ -8,8 +8,9 @@ not build an object's content, nor know how a PyTorchJob or a pod tells its stat
 left of the old attempt is deleted, and a later plan, which observes nothing of it any more, makes the new one. So a
 crash between any two writes neither loses nor repeats a count, and there are never two gangs.
 
-A live attempt is never rendered again: once its PyTorchJob is observed, plans want it as its ConfigMap keeps it, and
-leave the ConfigMap out of `objects` unless somebody deleted it. Prepare's are left out, too.
+An attempt is never rendered again: once its ConfigMap is observed, plans want its PyTorchJob as that keeps it, also the
+one that is yet to be made, and leave the ConfigMap out of `objects` unless somebody deleted it. Prepare's are left out,
+too.
 
 What keeps a child from being made, a refused spec among it, keeps a run from beginning anything, and nothing from
 ending: what an attempt's checks find then is done all the same, and only what they would make is left out.

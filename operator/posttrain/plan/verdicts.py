@@ -13,7 +13,14 @@ from posttrain.api.methods import table_of
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Budget, Cause
-from posttrain.plan.children import attempt_children, frozen_job, run_children, service_children, service_refs
+from posttrain.plan.children import (
+    attempt_children,
+    frozen_job,
+    run_children,
+    service_children,
+    service_refs,
+    waiting_refs,
+)
 from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
@@ -149,7 +156,7 @@ def go_on(
     message = message or f"attempt {situation.attempt}: {told}"
     # Like the gang, what serves it holds nothing while there is no quota.
     services = () if situation.awaits_quota else service_children(situation)
-    spare = present_refs(situation, service_refs(situation)) if situation.awaits_quota else ()
+    spare = present_refs(situation, waiting_refs(situation)) if situation.awaits_quota else ()
     times = (
         active_deadline(situation),
         pending_deadline(situation),

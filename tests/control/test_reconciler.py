@@ -936,6 +936,40 @@ def test_what_is_observed_is_told_although_something_cannot_be_carried_out(fails
     assert bench.says("Finished") == ("True", "ProgressStalled")
 
 
+def test_pods_that_cannot_be_listed_are_told_of_and_no_gang_is_made_meanwhile() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.port.refuse = lambda call: InternalError(WEBHOOK) if call.text == "list Pod" else None
+    look_for(bench, seconds=10)
+
+    assert bench.condition("Accepted").message == f"PyTorchJob demo-a1 was refused: {WEBHOOK}"
+    assert bench.names(PYTORCHJOB) == []
+    assert_accepted_when_nothing_is_refused(bench)
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+@pytest.mark.parametrize("error", [InternalError(WEBHOOK), Rejected("configmaps is forbidden")])
+def test_own_code_that_cannot_be_read_is_told_in_the_servers_words_and_asked_for_now_and_then(error: Exception) -> None:
+    bench = Bench()
+    bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 1\n"}))
+    bench.submit(code={"configMapName": "my-code"})
+    bench.port.refuse = lambda call: error if call.text == "get ConfigMap my-code" else None
+    look_for(bench, seconds=10)
+
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert bench.condition("Accepted").message == f"ConfigMap my-code cannot be read: {error}"
+    told, version = bench.events(), bench.run["metadata"]["resourceVersion"]
+    bench.port.clear()
+    look_for(bench, seconds=25)
+    assert len([call for call in bench.port.calls if call.method == "get"]) <= 1
+    bench.wait(31)
+    bench.settle()
+    assert (bench.events(), bench.run["metadata"]["resourceVersion"]) == (told, version), "the status does not flap"
+
+    assert_accepted_when_nothing_is_refused(bench)
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
 def test_a_failure_beside_a_conflict_does_not_hide_it() -> None:
     bench = Bench()
     bench.submit()
@@ -1616,6 +1650,64 @@ def preempt(bench: Bench) -> None:
     evicted = {"type": "Evicted", "status": "True", "reason": "Preempted", "message": "for a higher priority"}
     workload["status"]["conditions"].append(evicted)
     bench.cluster.put(workload)
+
+
+def fail_flavors(bench: Bench) -> None:
+    """Let no flavor be read, as when the webhook that converts them between versions is away."""
+    bench.port.refuse = lambda call: InternalError(WEBHOOK) if call.text == "list ResourceFlavor" else None
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["same operator", "new operator"])
+def test_a_gang_ends_as_it_does_although_the_flavors_cannot_be_read(anew: bool) -> None:
+    bench = Bench()
+    put_flavor(bench, "first")
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    admit(bench, flavor="first")
+    run_gang(bench)
+    fail_flavors(bench)
+    bench.wait(100)
+    if anew:
+        bench.start()
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+
+    assert bench.says("Succeeded") == ("True", "Completed")
+
+
+def test_a_gang_whose_flavor_cannot_be_read_is_not_made_and_that_is_told() -> None:
+    bench = Bench()
+    put_flavor(bench, "first")
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    fail_flavors(bench)
+    admit(bench, flavor="first")
+    look_for(bench, seconds=10)
+
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert bench.condition("Accepted").message == f"ResourceFlavor first cannot be read: {WEBHOOK}"
+    assert bench.condition("PodsReady").message == "quota is reserved; ResourceFlavor first cannot be read"
+    assert bench.names(PYTORCHJOB) == []
+    assert_accepted_when_nothing_is_refused(bench)
+    assert pod_spec(bench, attempt=1)["nodeSelector"] == {"pool": "first"}
+
+
+def test_flavors_that_are_known_are_believed_while_they_cannot_be_read() -> None:
+    bench = Bench()
+    put_flavor(bench, "first")
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    admit(bench, flavor="first")
+    bench.settle()
+    bench.others.delete(PYTORCHJOB, "demo-a1")
+    fail_flavors(bench)
+    bench.wait(100)
+    bench.settle()
+
+    assert bench.status.attempt == 2
+    assert pod_spec(bench, attempt=2)["nodeSelector"] == {"pool": "first"}
 
 
 def test_a_gang_is_not_made_for_the_nodes_of_a_reservation_that_was_lost_before() -> None:

@@ -66,12 +66,11 @@ def _explain_conflict(situation: Situation) -> Says | None:
 
 
 def _explain_refusal(situation: Situation) -> Says | None:
-    """The API server, a webhook or a quota refuses an object that the run needs."""
-    rejected = situation.observed.rejected
-    if not rejected:
-        return None
-    message = "\n".join(f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in sorted(rejected))
-    return Says("False", "ChildRejected", message)
+    """The API server, a webhook or a quota refuses an object that the run needs, or does not show it."""
+    rejected, unread = situation.observed.rejected, situation.observed.unread
+    told = [f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in sorted(rejected)]
+    told += [f"{ref.kind} {ref.name} cannot be read: {unread[ref]}" for ref in sorted(unread)]
+    return Says("False", "ChildRejected", "\n".join(told)) if told else None
 
 
 def _explain_lost_code(situation: Situation) -> Says | None:

@@ -106,7 +106,7 @@ def _unusable_quota(situation: Situation) -> Verdict | None:
     missing = missing_flavors(workload, situation.observed.flavors)
     if not missing:
         return None
-    return go_on(
-        situation,
-        waits=Says("False", "FlavorMissing", f"quota is reserved; there is no ResourceFlavor {', '.join(missing)}"),
-    )
+    told = f"there is no ResourceFlavor {', '.join(missing)}"
+    if any(ref.kind == "ResourceFlavor" for ref in situation.observed.unread):
+        told = f"ResourceFlavor {', '.join(missing)} cannot be read"
+    return go_on(situation, waits=Says("False", "FlavorMissing", f"quota is reserved; {told}"))

@@ -76,8 +76,10 @@ def _explain_end(manifest: Manifest, known: TrainingRunStatus, objects: Mapping[
     if job is None and known.attempt_created_time is None:
         return None
     state = parse_job_state(job) if job is not None else None
-    if state is not None and state.phase == "Pending" and not state.being_deleted:
+    if state is None or (state.phase == "Pending" and state.being_deleted):
+        end = "was deleted"
+    elif state.phase == "Pending":
         return None
-    gone = state is None or state.phase == "Pending"
-    end = "was deleted" if gone or state is None else f"has ended ({state.phase})"
+    else:
+        end = f"has ended ({state.phase})"
     return f"attempt {known.attempt}: its PyTorchJob {end}, which is judged when the spec can be read again"

@@ -325,7 +325,7 @@ _CATALOGUE = (
         "to return.",
     ),
     # What a grpo run learns from
-    Reason(name="SignalHealthy", message="No check of spec.grpo.signal finds anything."),
+    Reason(name="SignalHealthy", message="No check finds anything in what the run learns from."),
     Reason(
         name="RewardSignalDead",
         message="Nearly every group of completions is rewarded alike: there is nothing to learn from.",

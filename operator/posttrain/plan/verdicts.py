@@ -273,10 +273,10 @@ def _failure(situation: Situation, cause: Cause) -> FailureStatus:
 
 
 def stop_non_finite(situation: Situation, cause: Cause) -> Verdict:
-    """Return the verdict on a loss that was not finite: the user chose between the end and a suspension."""
-    if situation.run.spec.restarts.on_non_finite == "Fail":
-        return fail(situation, cause)
-    return hold(situation, cause, field="spec.restarts.onNonFinite")
+    """Return the verdict on a loss that was not finite, and ended its gang: also where the next would go on (Warn)."""
+    if situation.run.spec.restarts.on_non_finite == "Suspend":
+        return hold(situation, cause, field="spec.restarts.onNonFinite")
+    return fail(situation, cause)
 
 
 def hold(situation: Situation, cause: Cause, *, field: str, kept: bool = False) -> Verdict:

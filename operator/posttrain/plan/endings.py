@@ -95,7 +95,7 @@ def suspended(situation: Situation) -> Verdict | None:
                 *present_refs(situation, service_refs(situation)),
                 *withdraw(situation),
             ),
-            deadlines=silences(situation),
+            deadlines=silences(situation, situation.trainer_pods),
         ),
     )
 

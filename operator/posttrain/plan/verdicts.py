@@ -14,7 +14,7 @@ from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Budget, Cause
 from posttrain.plan.children import attempt_children, frozen_job, run_children, service_children, service_refs
-from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
+from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
 from posttrain.plan.objects import code_hash
@@ -151,6 +151,7 @@ def go_on(
         active_deadline(situation),
         pending_deadline(situation),
         stall_deadline(situation),
+        *silences(situation, situation.server_pods),
         *deadlines,
     )
     return accept(

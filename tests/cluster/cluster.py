@@ -1,39 +1,35 @@
 """A Kubernetes cluster for tests, in one folder and gone with the process that started it.
 
-It owns what is started, in which order, and what a test may ask of it; it must not build anything.
+It owns what is started, in which order, and what a test may do to it; it must not build anything.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tests.cluster.addresses import LOOPBACK, Ports
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.components import why_not
-from tests.cluster.control_plane import NODE_NAME, ControlPlane
+from tests.cluster.control_plane import KWOK, NODE_NAME, ControlPlane
 from tests.cluster.errors import ClusterError
-from tests.cluster.host_webhooks import apply_objects
 from tests.cluster.images import BUSYBOX
 from tests.cluster.kueue import install_kueue
-from tests.cluster.kwok import PLAYED, build_fake_node, build_kwok, next_names
+from tests.cluster.kwok import build_kwok
 from tests.cluster.machine import Machine
 from tests.cluster.node import Node
-from tests.cluster.processes import Process, end_leftovers, poll, tail
+from tests.cluster.processes import Process, end_leftovers
 from tests.cluster.training_operator import TUNED, TrainingOperatorOptions, install_training_operator
 
-NODE_SECONDS = 60.0
 _LOCK = "test-cluster.lock"
 
 
-class TestCluster:
-    """A control plane with the training operator and KWOK for fake nodes; a real node and Kueue where asked for.
+class TestCluster(Cluster):
+    """A cluster of processes of this one; a real node and Kueue where asked for.
 
     Use it as a context: at its end, or when this process dies, its processes end.
     """
@@ -41,9 +37,7 @@ class TestCluster:
     __test__ = False
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._exit = ExitStack()
-        self._processes: list[Process] = []
+        super().__init__(folder)
         self._node: Node | None = None
 
     @classmethod
@@ -95,13 +89,14 @@ class TestCluster:
         self._exit.callback(ports.close)
         machine = self._start_machine() if node else None
         self.control_plane = ControlPlane(self.folder, ports=ports, host=machine.host_address if machine else LOOPBACK)
+        self.access = self.control_plane
         self._exit.callback(self._stop_processes)
         self._processes += self.control_plane.processes
         self.control_plane.start_api()
         self.training_operator = install_training_operator(
             self.control_plane, options=options, init_image=BUSYBOX, machine=machine
         )
-        self.kwok = build_kwok(self.control_plane)
+        self.kwok = build_kwok(self.folder, kubeconfig=self.control_plane.user_kubeconfig(KWOK))
         added = [self.training_operator, self.kwok]
         if kueue_config is not None:
             added.append(install_kueue(self.control_plane, config=kueue_config))
@@ -141,27 +136,10 @@ class TestCluster:
         for process in reversed(self._processes):
             process.stop()
 
-    def close(self) -> None:
-        """End everything; the logs stay."""
-        self._exit.close()
-
-    def __enter__(self) -> TestCluster:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     @property
     def url(self) -> str:
         """Where the API server answers."""
         return self.control_plane.url
-
-    @property
-    def kubeconfig(self) -> Path:
-        """A kubeconfig of the user `admin`."""
-        return self.control_plane.kubeconfig
 
     @property
     def api_server(self) -> Process:
@@ -184,77 +162,6 @@ class TestCluster:
         """Every component by its name."""
         return {process.name: process for process in self._processes}
 
-    def kubectl(self, *args: str | Path, input: str | None = None, kubeconfig: Path | None = None) -> str:
-        """Run kubectl, as admin unless a kubeconfig is given, and return what it prints.
-
-        Raises:
-            ClusterError: it failed; the message has what it wrote on standard error.
-        """
-        return self.control_plane.kubectl(*args, input=input, kubeconfig=kubeconfig)
-
-    def get(self, *args: str) -> Any:
-        """Return what `kubectl get ... -o json` prints. Errors as `kubectl`."""
-        return json.loads(self.kubectl("get", *args, "--output", "json"))
-
-    def apply(self, objects: str | Iterable[Mapping[str, Any]], *, namespace: str | None = None) -> None:
-        """Apply YAML text or objects on the server's side. Errors as `kubectl`."""
-        text = (
-            objects
-            if isinstance(objects, str)
-            else json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
-        )
-        into = ("--namespace", namespace) if namespace else ()
-        self.kubectl("apply", "--server-side", *into, "--filename", "-", input=text)
-
-    def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
-        """Return a kubeconfig with a token of a ServiceAccount. Errors as `kubectl`."""
-        return self.control_plane.service_account_kubeconfig(namespace, name)
-
-    def create_namespace(self, name: str) -> None:
-        """Make a namespace, and wait until it takes pods. Errors as `kubectl`."""
-        self.kubectl("create", "namespace", name)
-        self.control_plane.await_namespace(name)
-
     def audit(self) -> Iterator[dict[str, Any]]:
         """Yield an audit event for every request that the API server answered so far, oldest first."""
         return self.control_plane.audit()
-
-    def logs(self) -> dict[str, Path]:
-        """Return the log of every component by its name."""
-        return {name: process.log for name, process in self.processes.items()}
-
-    def log_tails(self) -> dict[str, str]:
-        """Return the last lines of every component's log, in the order in which they started."""
-        return {name: tail(log) for name, log in self.logs().items()}
-
-    def add_fake_nodes(self, count: int, *, gpus: int = 8, cpu: int = 64, memory: str = "512Gi") -> list[str]:
-        """Add nodes that are played, and wait until they are ready; return their names. Errors as `kubectl`."""
-        taken = [node["metadata"]["name"] for node in self.get("nodes")["items"]]
-        names = next_names(taken, count)
-        nodes = [build_fake_node(name, gpus=gpus, cpu=cpu, memory=memory) for name in names]
-        apply_objects(self.control_plane, nodes)
-        self.kubectl(
-            "wait", "--for=condition=Ready", f"--timeout={NODE_SECONDS:.0f}s", *(f"node/{name}" for name in names)
-        )
-        return names
-
-    def remove_node(self, name: str) -> None:
-        """Take a node away, as a machine that is given back: its pods go after a minute. Errors as `kubectl`."""
-        self.kubectl("delete", "node", name, "--wait=false")
-
-    def silence_node(self, name: str) -> None:
-        """Let nobody play a fake node any more: its pods stay as they are until it is lost. Errors as `kubectl`."""
-        self.kubectl("label", "node", name, f"{PLAYED}-")
-
-    def await_json(self, *args: str, until: Callable[[Any], bool], what: str, seconds: float = NODE_SECONDS) -> Any:
-        """Poll `get` until `until` is true of its answer, and return that answer.
-
-        Raises:
-            ClusterError: it was not in time.
-        """
-
-        def look() -> Any:
-            answer = self.get(*args)
-            return answer if until(answer) else None
-
-        return poll(look, what=what, seconds=seconds)

@@ -1,6 +1,6 @@
 """etcd, API server, controller manager and scheduler as processes of this machine.
 
-It owns their flags, the users with a token, and kubeconfigs; it must not know what runs in the cluster.
+It owns their flags and the users with a token; it must not know what runs in the cluster.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import subprocess
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.access import Access
 from tests.cluster.addresses import LOOPBACK, Ports, answers
 from tests.cluster.components import ETCD, KUBERNETES, program
-from tests.cluster.errors import ClusterError
 from tests.cluster.pki import Authority, write_signing_key
-from tests.cluster.processes import Process, poll
+from tests.cluster.processes import Process
 
 SERVICE_NETWORK = "10.96.0.0/24"
 SERVICE_ADDRESS = "10.96.0.1"
@@ -47,22 +46,26 @@ kind: Policy
 omitStages: [RequestReceived]
 rules: [{level: Metadata}]
 """
-_KUBECTL_SECONDS = 120.0
 
 
-class ControlPlane:
+class ControlPlane(Access):
     """A control plane in a folder, reachable under one address."""
 
     def __init__(self, folder: Path, *, ports: Ports, host: str = LOOPBACK) -> None:
-        self.folder = folder
         self.host = host
         self.ports = ports
         self.pki = Authority(folder / "pki")
         self.tokens = {user: secrets.token_urlsafe(32) for user in _USERS}
         self.port = ports.take()
         self.url = f"https://{host}:{self.port}"
-        self.kubeconfig = self.write_kubeconfig(ADMIN, token=self.tokens[ADMIN])
-        self._kubectl = program(KUBERNETES, "kubectl")
+        super().__init__(
+            folder,
+            server={"server": self.url, "certificate-authority-data": self.pki.bundle},
+            user=ADMIN,
+            credentials={"token": self.tokens[ADMIN]},
+            # A proxy of this machine's does not know the cluster.
+            environ={name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
+        )
         self.audit_log = folder / "audit.log"
         self.etcd = self._build_etcd()
         self.api_server = self._build_api_server()
@@ -97,72 +100,9 @@ class ControlPlane:
             list(pool.map(Process.start, (self.controller_manager, self.scheduler)))
         self.await_namespace("default")
 
-    def kubectl(self, *args: str | Path, input: str | None = None, kubeconfig: Path | None = None) -> str:
-        """Run kubectl, as admin unless a kubeconfig is given, and return what it prints.
-
-        Raises:
-            ClusterError: it failed; the message has what it wrote on standard error.
-        """
-        argv = [self._kubectl, "--kubeconfig", kubeconfig or self.kubeconfig]
-        argv += ["--cache-dir", self.folder / "kubectl-cache", *args]
-        # A proxy of this machine's does not know the cluster.
-        environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-        command = " ".join(map(str, args))
-        try:
-            ran = subprocess.run(
-                list(map(str, argv)),
-                input=input,
-                env=environ,
-                capture_output=True,
-                text=True,
-                timeout=_KUBECTL_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ClusterError(f"kubectl {command}: no end within {_KUBECTL_SECONDS:.0f} s") from error
-        if ran.returncode != 0:
-            raise ClusterError(f"kubectl {command}: exit code {ran.returncode}\n{ran.stderr}{ran.stdout}")
-        return ran.stdout
-
-    def await_namespace(self, namespace: str) -> None:
-        """Wait until a namespace takes pods: it has its default ServiceAccount and the authority's certificate."""
-
-        def look() -> bool:
-            account = self.kubectl("get", "serviceaccount/default", "-n", namespace, "--ignore-not-found", "-o", "name")
-            certificate = self.kubectl(
-                "get", "configmap/kube-root-ca.crt", "-n", namespace, "--ignore-not-found", "-o", "name"
-            )
-            return bool(account and certificate)
-
-        poll(look, what=f"the default ServiceAccount of {namespace}")
-
-    def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
-        """Return a kubeconfig with a token of a ServiceAccount, which is as long valid as a test session lasts.
-
-        Raises:
-            ClusterError: there is no such ServiceAccount.
-        """
-        token = self.kubectl("create", "token", name, "--namespace", namespace, "--duration", "24h").strip()
-        return self.write_kubeconfig(f"{namespace}.{name}", token=token)
-
-    def write_kubeconfig(self, user: str, *, token: str) -> Path:
-        """Write a kubeconfig with everything in it; return where it lies."""
-        file = self.folder / "kubeconfigs" / user.replace(":", "-")
-        file.parent.mkdir(exist_ok=True)
-        file.touch(mode=0o600)
-        name = "posttrain-test"
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [
-                {"name": name, "cluster": {"server": self.url, "certificate-authority-data": self.pki.bundle}}
-            ],
-            "users": [{"name": user, "user": {"token": token}}],
-            "contexts": [{"name": name, "context": {"cluster": name, "user": user}}],
-            "current-context": name,
-        }
-        file.write_text(json.dumps(config, indent=2))
-        return file
+    def user_kubeconfig(self, user: str) -> Path:
+        """Return a kubeconfig of one of the users with a token."""
+        return self.write_kubeconfig(user, credentials={"token": self.tokens[user]})
 
     def audit(self) -> Iterator[dict[str, Any]]:
         """Yield every request that the API server answered so far: an audit event each, oldest first."""
@@ -240,7 +180,7 @@ class ControlPlane:
 
     def _build_controller(self, name: str, user: str, *flags: str) -> Process:
         port = self.ports.take()
-        kubeconfig = self.write_kubeconfig(user, token=self.tokens[user])
+        kubeconfig = self.user_kubeconfig(user)
         argv = [
             program(KUBERNETES, name),
             f"--kubeconfig={kubeconfig}",

@@ -5,24 +5,26 @@ It owns fake nodes and what is played on them; it must not touch a real node.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.cluster.components import KWOK, program
-from tests.cluster.control_plane import KWOK as USER
-from tests.cluster.control_plane import ControlPlane
 from tests.cluster.processes import Process
 
-TAINT = "kwok.x-k8s.io/node"
-TOLERATION = {"key": TAINT, "operator": "Exists", "effect": "NoSchedule"}
-NODE_SELECTOR = {"type": "kwok"}
-"""With the toleration what a pod needs to get to a fake node."""
-PLAYED = "sim.posttrain.dev/played"
-"""Label of a fake node as long as KWOK plays its kubelet."""
 PREFIX = "sim.posttrain.dev"
 """A pod's annotations `sim.posttrain.dev/<what>`, set at any time, say what its fake kubelet plays: `exit-code`,
 `reason`, `message` and `after` (a duration) for its containers' end, `evict` (a message) for its eviction."""
+SESSION = f"{PREFIX}/session"
+OURS = f"s{uuid.uuid4().hex[:8]}"
+"""The value of that label: a cluster may have objects of several processes' tests."""
+TAINT = "kwok.x-k8s.io/node"
+TOLERATION = {"key": TAINT, "operator": "Exists", "effect": "NoSchedule"}
+NODE_SELECTOR = {"type": "kwok", SESSION: OURS}
+"""With the toleration what a pod needs to get to a fake node that this process made."""
+PLAYED = f"{PREFIX}/played"
+"""Label of a fake node as long as KWOK plays its kubelet: who started that KWOK."""
 _SIMULATION = Path(__file__).with_name("kwok-stages.yaml")
 # KWOK has none built in when it gets a configuration.
 _UPSTREAM_STAGES = (
@@ -33,23 +35,23 @@ _UPSTREAM_STAGES = (
 )
 
 
-def build_kwok(control_plane: ControlPlane) -> Process:
-    """Return its process, which is not started yet."""
+def build_kwok(folder: Path, *, kubeconfig: Path, env: Mapping[str, str] | None = None) -> Process:
+    """Return its process, which is not started yet; it plays the nodes of this process and no others."""
     files = [*(KWOK.folder / "manifests" / name for name in _UPSTREAM_STAGES), _SIMULATION]
-    stages = control_plane.folder / "kwok-stages.yaml"
+    stages = folder / "kwok-stages.yaml"
     stages.write_text("\n---\n".join(file.read_text(encoding="utf-8") for file in files))
     argv = [
         program(KWOK, "kwok"),
-        f"--kubeconfig={control_plane.write_kubeconfig(USER, token=control_plane.tokens[USER])}",
+        f"--kubeconfig={kubeconfig}",
         f"--config={stages}",
         "--manage-all-nodes=false",
         # By annotation it would not notice when a node is no longer its own.
-        f"--manage-nodes-with-label-selector={PLAYED}=true",
+        f"--manage-nodes-with-label-selector={PLAYED}={OURS}",
         "--cidr=10.250.0.0/16",
         "--node-ip=10.251.0.1",
         "--node-lease-duration-seconds=40",  # more, and the controller manager sees the nodes flap
     ]
-    return Process("kwok", argv, folder=control_plane.folder)
+    return Process("kwok", argv, folder=folder, env=env)
 
 
 def build_fake_node(name: str, *, gpus: int, cpu: int, memory: str) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def build_fake_node(name: str, *, gpus: int, cpu: int, memory: str) -> dict[str,
         "metadata": {
             "name": name,
             "labels": {
-                PLAYED: "true",
+                PLAYED: OURS,
                 **NODE_SELECTOR,
                 "kubernetes.io/hostname": name,
                 "kubernetes.io/os": "linux",

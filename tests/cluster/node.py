@@ -225,7 +225,7 @@ class Node:
         )
 
     def _kubeconfig(self, user: str) -> Path:
-        return self._control_plane.write_kubeconfig(user, token=self._control_plane.tokens[user])
+        return self._control_plane.user_kubeconfig(user)
 
     def _healthy(self, port: str, path: str) -> Callable[[], bool]:
         return answers(f"http://{self.machine.address}:{_PORTS[port]}/{path}")

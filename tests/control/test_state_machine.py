@@ -63,7 +63,7 @@ class Operator(RuleBasedStateMachine):
     - the attempt never decreases and grows by one at a time; no job is of an attempt that was not counted before;
     - each attempt's failure is counted exactly once, in one of the budgets, and no budget is overdrawn;
     - every child is controlled by the run, and what somebody else made under a child's name is never changed;
-    - a run that ended stays as it ended;
+    - a run that ended stays as it ended, also under a spec that is refused;
     - the conditions are complete from the first status on;
     - usage never shrinks, is never negative, and its parts add up;
     - with all faults over, a bounded number of looks leads to a point where another look writes nothing, and
@@ -128,8 +128,10 @@ class Operator(RuleBasedStateMachine):
             self.see()
             self.reconcile()
 
-    @rule()
-    def the_operator_starts_anew(self) -> None:
+    @rule(grace_seconds=st.sampled_from([120, 120, 5]))
+    def the_operator_starts_anew(self, grace_seconds: int) -> None:
+        """Mostly with the settings of the one before."""
+        self.bench.settings = self.bench.settings.model_copy(update={"termination_grace_seconds": grace_seconds})
         self.bench.start()
 
     @rule(kinds=LAGGING)
@@ -282,6 +284,10 @@ class Operator(RuleBasedStateMachine):
     def the_user_suspends_or_resumes(self, suspend: bool) -> None:
         self.bench.others.change_run(suspend=suspend)
 
+    @rule(refused=st.booleans())
+    def the_spec_is_refused_or_taken_again(self, refused: bool) -> None:
+        self.bench.others.change_run(sft={"args": {"learning_rat": 0.1} if refused else {"max_steps": 20}})
+
     @rule(seconds=st.sampled_from([1, 15, 31, 130, 700, 6000]))
     def time_passes(self, seconds: int) -> None:
         self.bench.wait(seconds)
@@ -373,6 +379,7 @@ class Operator(RuleBasedStateMachine):
         for key in self.foreign:
             bench.cluster.remove(key)
         self.foreign.clear()
+        self.the_spec_is_refused_or_taken_again(False)
         bench.wait(31)  # what stood in the way is tried again
         for _ in range(30):
             before = len(bench.port.writes())

@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.cluster import TestCluster
 from tests.support.host import observe_host
 from tests.support.release import Release, start_node
-from tests.support.tiers import attach_cluster_logs, fresh_namespace, require
+from tests.support.tiers import attach_cluster_logs, fresh_namespace, require, require_own_cluster
 from tests.workloads.conftest import quickstart_inputs, quickstart_model, rows, tiny_model, trainer_python
 
 __all__ = ["quickstart_inputs", "quickstart_model", "rows", "tiny_model", "trainer_python"]
@@ -19,6 +19,7 @@ __all__ = ["quickstart_inputs", "quickstart_model", "rows", "tiny_model", "train
 @pytest.fixture(scope="session")
 def host_before() -> dict[str, Any]:
     """This host before the node was started."""
+    require_own_cluster("node", why="they do not load the images of operator and trainer onto its nodes")
     require("control-plane", "node")
     return observe_host()
 

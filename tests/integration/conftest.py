@@ -8,28 +8,46 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.cluster import TestCluster
 from tests.support.api_proxy import ApiProxy
 from tests.support.chart_rights import read_rights
 from tests.support.cluster_runs import ClusterRun
 from tests.support.operator_process import NAMESPACE, OperatorProcess, Replicas, add_claim
-from tests.support.tiers import attach_cluster_logs, fresh_namespace, require
+from tests.support.tiers import (
+    attach_cluster_logs,
+    external_kubeconfig,
+    fresh_namespace,
+    join_external,
+    require,
+    require_own_cluster,
+)
 
 CRD = Path(__file__).parents[2] / "crds" / "posttrain.dev_trainingruns.yaml"
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
-    """A control plane, the training operator, KWOK and four nodes with eight GPUs each."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A control plane, the training operator, KWOK and four nodes with eight GPUs each; or $POSTTRAIN_KUBECONFIG's."""
     require("control-plane")
-    with TestCluster.start(tmp_path_factory.mktemp("cluster")) as started:
-        started.add_fake_nodes(4)
-        yield started
+    folder, kubeconfig = tmp_path_factory.mktemp("cluster"), external_kubeconfig()
+    with join_external(kubeconfig, folder) if kubeconfig else TestCluster.start(folder) as cluster:
+        cluster.add_fake_nodes(4)
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def own_cluster(cluster: Cluster) -> TestCluster:
+    """The same, of which a test may read the audit log, and stop what it is made of."""
+    require_own_cluster("control-plane", why="its audit log and its processes are not theirs")
+    assert isinstance(cluster, TestCluster)
+    return cluster
 
 
 @pytest.fixture(scope="session")
 def kueue_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     """Another cluster, with Kueue in it, which makes no queue."""
+    require_own_cluster("kueue", why="they bring a Kueue with a configuration of their own")
     require("control-plane", "kueue")
     with TestCluster.start(tmp_path_factory.mktemp("kueue"), kueue=True) as started:
         started.add_fake_nodes(4)
@@ -37,7 +55,7 @@ def kueue_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClus
 
 
 @pytest.fixture
-def namespace(cluster: TestCluster) -> Iterator[str]:
+def namespace(cluster: Cluster) -> Iterator[str]:
     """A namespace of the test's own."""
     with fresh_namespace(cluster) as name:
         yield name
@@ -50,7 +68,7 @@ def kueue_namespace(kueue_cluster: TestCluster) -> Iterator[str]:
         yield name
 
 
-def serve_runs(cluster: TestCluster) -> None:
+def serve_runs(cluster: Cluster) -> None:
     """Let the API server serve the resource, and wait until it does."""
     cluster.apply(CRD.read_text())
     cluster.await_json(
@@ -64,7 +82,7 @@ def serve_runs(cluster: TestCluster) -> None:
 
 
 @pytest.fixture(scope="session")
-def operator(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+def operator(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     """The operator, which leads; it may do what the chart allows it, and asks for nothing else."""
     serve_runs(cluster)
     cluster.create_namespace(NAMESPACE)
@@ -80,6 +98,8 @@ def operator(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> 
         yield operator
     finally:
         operator.close()
+    if not isinstance(cluster, TestCluster):
+        return  # only a cluster of our own tells what it refused
     user = f"system:serviceaccount:{NAMESPACE}:posttrain-operator"
     asked = [event for event in cluster.audit() if event["user"].get("username") == user]
     decided: dict[str, set[str]] = {"allow": set(), "forbid": set()}
@@ -94,7 +114,7 @@ def operator(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def run(cluster: TestCluster, operator: OperatorProcess, namespace: str) -> ClusterRun:
+def run(cluster: Cluster, operator: OperatorProcess, namespace: str) -> ClusterRun:
     """A run that is not applied yet, in a namespace with the claims that it names."""
     for claim in ("inputs", "shared"):
         add_claim(cluster, namespace, claim)
@@ -104,6 +124,7 @@ def run(cluster: TestCluster, operator: OperatorProcess, namespace: str) -> Clus
 @pytest.fixture(scope="session")
 def faulty_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     """Another cluster, in which tests start operators of their own, stop them, and take the API server away."""
+    require_own_cluster("control-plane", why="they do not make its API server fail, nor read its audit log")
     require("control-plane")
     with TestCluster.start(tmp_path_factory.mktemp("faulty")) as started:
         started.add_fake_nodes(8)

@@ -13,7 +13,7 @@ import pytest
 from posttrain.api.loader import apply_assignment, load_documents, parse_assignment
 from posttrain.api.schema import fill_defaults, resource_schema
 from posttrain.api.validate import parse_training_run
-from tests.cluster.cluster import TestCluster
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.errors import ClusterError
 from tests.integration.conftest import serve_runs
 from tests.support.cluster_runs import ClusterRun, message_of, reasons
@@ -39,7 +39,7 @@ GOOD: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def api(cluster: TestCluster) -> Iterator[TestCluster]:
+def api(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, which serves the resource."""
     serve_runs(cluster)
     yield cluster
@@ -60,7 +60,7 @@ def queued(*assignments: str) -> dict[str, Any]:
     return changed("spec.resources.queueName=team", *assignments)
 
 
-def send(cluster: TestCluster, namespace: str, *objects: dict[str, Any], flags: tuple[str, ...] = ()) -> str:
+def send(cluster: Cluster, namespace: str, *objects: dict[str, Any], flags: tuple[str, ...] = ()) -> str:
     """Apply objects as a user does, a document each."""
     text = "\n---\n".join(map(json.dumps, objects))
     return cluster.kubectl("apply", *flags, "--namespace", namespace, "--filename", "-", input=text)
@@ -108,7 +108,7 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[change[:40] for change, _ in BAD])
 def test_a_resource_one_field_away_from_a_good_one_is_refused(
-    api: TestCluster, namespace: str, change: str, message: str
+    api: Cluster, namespace: str, change: str, message: str
 ) -> None:
     with pytest.raises(ClusterError) as refused:
         send(api, namespace, changed(name="good"), changed(change), flags=("--dry-run=server",))
@@ -148,13 +148,13 @@ HELD = ["spec.resources.queueName=team-b", "spec.resources.profile=h100", "spec.
 
 
 @pytest.fixture
-def stored(api: TestCluster, namespace: str) -> Iterator[str]:
+def stored(api: Cluster, namespace: str) -> Iterator[str]:
     """The namespace, in which the good resource is stored, with a queue."""
     send(api, namespace, queued())
     yield namespace
 
 
-def test_what_a_run_is_cannot_be_edited(api: TestCluster, stored: str) -> None:
+def test_what_a_run_is_cannot_be_edited(api: Cluster, stored: str) -> None:
     for change in FIXED:
         with pytest.raises(ClusterError) as refused:
             send(api, stored, queued(change), flags=("--dry-run=server",))
@@ -179,12 +179,12 @@ def test_a_key_of_args_that_takes_the_place_of_another_is_refused_by_the_operato
     assert run.complete()["attempt"] == 1
 
 
-def test_how_long_and_how_often_can_be_edited(api: TestCluster, stored: str) -> None:
+def test_how_long_and_how_often_can_be_edited(api: Cluster, stored: str) -> None:
     for change in FREE:
         assert "configured" in send(api, stored, queued(change), flags=("--dry-run=server",)), change
 
 
-def test_of_what_a_grpo_run_learns_from_only_the_checks_can_be_edited(api: TestCluster, namespace: str) -> None:
+def test_of_what_a_grpo_run_learns_from_only_the_checks_can_be_edited(api: Cluster, namespace: str) -> None:
     good = changed("spec.grpo={rewards: [{name: accuracy}], args: {max_steps: 9}, signal: {deadReward: {steps: 5}}}")
     del good["spec"]["sft"]
     send(api, namespace, good)
@@ -208,7 +208,7 @@ def test_of_what_a_grpo_run_learns_from_only_the_checks_can_be_edited(api: TestC
         assert said in str(refused.value), change
 
 
-def test_what_is_asked_of_a_queue_cannot_be_edited_while_quota_is_held(api: TestCluster, stored: str) -> None:
+def test_what_is_asked_of_a_queue_cannot_be_edited_while_quota_is_held(api: Cluster, stored: str) -> None:
     held = {"type": "QuotaReserved", "status": "True", "reason": "QuotaReserved", "message": ""}
     status = {"conditions": [{**held, "lastTransitionTime": "2026-01-01T00:00:00Z"}]}
     patch = ("patch", "trainingrun", "distill", "--namespace", stored, "--subresource=status", "--type=merge")
@@ -223,7 +223,7 @@ def test_what_is_asked_of_a_queue_cannot_be_edited_while_quota_is_held(api: Test
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_the_api_server_stores_what_posttrain_plans_with(api: TestCluster, namespace: str, file: Path) -> None:
+def test_the_api_server_stores_what_posttrain_plans_with(api: Cluster, namespace: str, file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     answer = json.loads(
         api.kubectl(
@@ -275,7 +275,7 @@ spec:
 """
 
 
-def read_by_kubectl(api: TestCluster, namespace: str, text: str, *command: str) -> dict[str, Any]:
+def read_by_kubectl(api: Cluster, namespace: str, text: str, *command: str) -> dict[str, Any]:
     """Return the args of a run as they would be stored."""
     into = ("--dry-run=server", "--output=json", "--namespace", namespace, "--filename", "-")
     args: dict[str, Any] = json.loads(api.kubectl(*command, *into, input=text))["spec"]["sft"]["args"]
@@ -283,7 +283,7 @@ def read_by_kubectl(api: TestCluster, namespace: str, text: str, *command: str) 
 
 
 @pytest.mark.parametrize("command", [("create",), ("apply", "--server-side")], ids=" ".join)
-def test_files_are_read_as_kubectl_reads_them(api: TestCluster, namespace: str, command: tuple[str, ...]) -> None:
+def test_files_are_read_as_kubectl_reads_them(api: Cluster, namespace: str, command: tuple[str, ...]) -> None:
     (document,) = load_documents(SPELLINGS, origin="spellings.yaml")
 
     args = read_by_kubectl(api, namespace, SPELLINGS, *command)
@@ -292,7 +292,7 @@ def test_files_are_read_as_kubectl_reads_them(api: TestCluster, namespace: str, 
     assert args["exponent"] == 0.00002
 
 
-def test_a_null_is_lost_where_kubectl_applies_on_its_own_side(api: TestCluster, namespace: str) -> None:
+def test_a_null_is_lost_where_kubectl_applies_on_its_own_side(api: Cluster, namespace: str) -> None:
     (document,) = load_documents(SPELLINGS, origin="spellings.yaml")
 
     args = read_by_kubectl(api, namespace, SPELLINGS, "apply")

@@ -13,7 +13,7 @@ from tests.cluster.cluster import TestCluster
 from tests.cluster.errors import ClusterError
 from tests.cluster.kwok import NODE_SELECTOR, TOLERATION
 from tests.support.helm import CHART, find_helm, helm
-from tests.support.tiers import require
+from tests.support.tiers import require, require_own_cluster
 
 pytestmark = pytest.mark.integration
 
@@ -49,6 +49,7 @@ class Release:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     """One of its own: definitions and roles are the whole cluster's, and other tests bring theirs."""
+    require_own_cluster("control-plane", why="the chart's definitions and roles are the whole cluster's")
     require("control-plane")
     find_helm()
     with TestCluster.start(tmp_path_factory.mktemp("chart")) as started:

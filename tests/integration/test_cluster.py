@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.cluster import TestCluster
 from tests.cluster.errors import ClusterError
 from tests.cluster.kwok import simulation
+from tests.integration.conftest import serve_runs
 from tests.support.jobs import build_pytorchjob
 from tests.support.processes import await_gone, is_alive, wait_for
 
@@ -23,10 +25,9 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
-CRD = ROOT / "crds" / "posttrain.dev_trainingruns.yaml"
 
 
-def pods_of(cluster: TestCluster, namespace: str, job: str) -> dict[str, Any]:
+def pods_of(cluster: Cluster, namespace: str, job: str) -> dict[str, Any]:
     """Return a job's pods by their names without the job's."""
     label = f"training.kubeflow.org/job-name={job}"
     pods = cluster.get("pods", "--namespace", namespace, "--selector", label)["items"]
@@ -37,7 +38,7 @@ def uids_of(pods: dict[str, Any]) -> set[str]:
     return {pod["metadata"]["uid"] for pod in pods.values()}
 
 
-def await_phases(cluster: TestCluster, namespace: str, job: str, **phases: str) -> dict[str, Any]:
+def await_phases(cluster: Cluster, namespace: str, job: str, **phases: str) -> dict[str, Any]:
     """Wait until a job's pods are in these phases; return them."""
     expected = {name.replace("_", "-"): phase for name, phase in phases.items()}
 
@@ -48,7 +49,7 @@ def await_phases(cluster: TestCluster, namespace: str, job: str, **phases: str) 
     return wait_for(look, what=f"{job}'s pods to be {expected}", seconds=60) or {}
 
 
-def await_condition(cluster: TestCluster, namespace: str, job: str, kind: str) -> dict[str, Any]:
+def await_condition(cluster: Cluster, namespace: str, job: str, kind: str) -> dict[str, Any]:
     """Wait until a job has a condition; return it."""
 
     def look() -> dict[str, Any] | None:
@@ -59,7 +60,7 @@ def await_condition(cluster: TestCluster, namespace: str, job: str, kind: str) -
     return wait_for(look, what=f"{job} to be {kind}", seconds=60) or {}
 
 
-def test_a_job_runs_on_nodes_that_are_played(cluster: TestCluster, namespace: str) -> None:
+def test_a_job_runs_on_nodes_that_are_played(cluster: Cluster, namespace: str) -> None:
     cluster.apply([build_pytorchjob("runs", workers=2, gpus=8)], namespace=namespace)
 
     pods = await_phases(cluster, namespace, "runs", master_0="Running", worker_0="Running", worker_1="Running")
@@ -74,7 +75,7 @@ def test_a_job_runs_on_nodes_that_are_played(cluster: TestCluster, namespace: st
     assert await_condition(cluster, namespace, "runs", "Running")["reason"] == "PyTorchJobRunning"
 
 
-def test_a_pod_ends_as_its_annotations_say(cluster: TestCluster, namespace: str) -> None:
+def test_a_pod_ends_as_its_annotations_say(cluster: Cluster, namespace: str) -> None:
     cluster.apply([build_pytorchjob("fails")], namespace=namespace)
     await_phases(cluster, namespace, "fails", master_0="Running", worker_0="Running")
 
@@ -94,7 +95,7 @@ def test_a_pod_ends_as_its_annotations_say(cluster: TestCluster, namespace: str)
     assert await_condition(cluster, namespace, "fails", "Failed")["reason"] == "PyTorchJobFailed"
 
 
-def test_a_job_whose_pods_all_exit_with_zero_succeeds(cluster: TestCluster, namespace: str) -> None:
+def test_a_job_whose_pods_all_exit_with_zero_succeeds(cluster: Cluster, namespace: str) -> None:
     job = build_pytorchjob("succeeds", annotations=simulation(exit_code="0", message="step=7", after="1s"))
     cluster.apply([job], namespace=namespace)
 
@@ -105,7 +106,7 @@ def test_a_job_whose_pods_all_exit_with_zero_succeeds(cluster: TestCluster, name
     await_condition(cluster, namespace, "succeeds", "Succeeded")
 
 
-def test_a_pod_can_be_evicted(cluster: TestCluster, namespace: str) -> None:
+def test_a_pod_can_be_evicted(cluster: Cluster, namespace: str) -> None:
     cluster.apply([build_pytorchjob("evicted")], namespace=namespace)
     await_phases(cluster, namespace, "evicted", master_0="Running", worker_0="Running")
 
@@ -117,12 +118,12 @@ def test_a_pod_can_be_evicted(cluster: TestCluster, namespace: str) -> None:
     assert [c["reason"] for c in status["conditions"] if c["type"] == "DisruptionTarget"] == ["TerminationByKubelet"]
 
 
-def test_the_training_operators_webhook_refuses_what_it_cannot_run(cluster: TestCluster, namespace: str) -> None:
+def test_the_training_operators_webhook_refuses_what_it_cannot_run(cluster: Cluster, namespace: str) -> None:
     with pytest.raises(ClusterError, match=r"denied the request: .* at least one container with name pytorch"):
         cluster.apply([build_pytorchjob("refused", container_name="trainer")], namespace=namespace)
 
 
-def test_a_node_can_be_taken_away_and_another_fall_silent(cluster: TestCluster, namespace: str) -> None:
+def test_a_node_can_be_taken_away_and_another_fall_silent(cluster: Cluster, namespace: str) -> None:
     removed, silent = cluster.add_fake_nodes(2, gpus=2)
     for name, node in (("orphaned", removed), ("unheard", silent)):
         job = build_pytorchjob(name, gpus=1)
@@ -150,13 +151,13 @@ def test_a_node_can_be_taken_away_and_another_fall_silent(cluster: TestCluster, 
     cluster.remove_node(silent)
 
 
-def test_the_audit_log_says_who_wrote_what(cluster: TestCluster, namespace: str) -> None:
-    cluster.apply([build_pytorchjob("audited")], namespace=namespace)
-    await_phases(cluster, namespace, "audited", master_0="Running", worker_0="Running")
+def test_the_audit_log_says_who_wrote_what(own_cluster: TestCluster, namespace: str) -> None:
+    own_cluster.apply([build_pytorchjob("audited")], namespace=namespace)
+    await_phases(own_cluster, namespace, "audited", master_0="Running", worker_0="Running")
 
     written = {
         (event["user"].get("username"), event["verb"], event["objectRef"]["resource"], event["objectRef"].get("name"))
-        for event in cluster.audit()
+        for event in own_cluster.audit()
         if event.get("objectRef", {}).get("namespace") == namespace and event["verb"] in {"create", "patch"}
     }
 
@@ -168,12 +169,14 @@ def test_the_audit_log_says_who_wrote_what(cluster: TestCluster, namespace: str)
         if user == training_operator and resource == "pods" and verb == "create"
     } == {("create", "audited-master-0"), ("create", "audited-worker-0")}
     agents = {
-        event["userAgent"].partition("/")[0] for event in cluster.audit() if event["user"].get("username") == "admin"
+        event["userAgent"].partition("/")[0]
+        for event in own_cluster.audit()
+        if event["user"].get("username") == "admin"
     }
     assert "kubectl" in agents
 
 
-def test_a_service_account_may_do_what_its_roles_say(cluster: TestCluster, namespace: str) -> None:
+def test_a_service_account_may_do_what_its_roles_say(cluster: Cluster, namespace: str) -> None:
     cluster.kubectl("create", "serviceaccount", "reader", "--namespace", namespace)
     kubeconfig = cluster.service_account_kubeconfig(namespace, "reader")
     list_pods = ("get", "pods", "--namespace", namespace)
@@ -186,36 +189,35 @@ def test_a_service_account_may_do_what_its_roles_say(cluster: TestCluster, names
     assert cluster.kubectl(*list_pods, "--output", "name", kubeconfig=kubeconfig) == ""
 
 
-def test_the_api_server_comes_back_as_it_went(cluster: TestCluster, namespace: str) -> None:
-    cluster.kubectl("create", "configmap", "kept", "--namespace", namespace)
-    url = cluster.url
+def test_the_api_server_comes_back_as_it_went(own_cluster: TestCluster, namespace: str) -> None:
+    own_cluster.kubectl("create", "configmap", "kept", "--namespace", namespace)
+    url = own_cluster.url
 
-    cluster.api_server.stop()
+    own_cluster.api_server.stop()
     with pytest.raises(ClusterError, match="refused"):
-        cluster.kubectl("get", "nodes")
-    cluster.api_server.start()
+        own_cluster.kubectl("get", "nodes")
+    own_cluster.api_server.start()
 
-    assert cluster.url == url
-    assert cluster.kubectl("get", "configmap/kept", "-o", "name", "--namespace", namespace) == "configmap/kept\n"
-    cluster.apply([build_pytorchjob("after")], namespace=namespace)
-    await_phases(cluster, namespace, "after", master_0="Running", worker_0="Running")
+    assert own_cluster.url == url
+    assert own_cluster.kubectl("get", "configmap/kept", "-o", "name", "--namespace", namespace) == "configmap/kept\n"
+    own_cluster.apply([build_pytorchjob("after")], namespace=namespace)
+    await_phases(own_cluster, namespace, "after", master_0="Running", worker_0="Running")
 
 
-def test_a_component_can_be_paused(cluster: TestCluster) -> None:
-    cluster.api_server.pause()
+def test_a_component_can_be_paused(own_cluster: TestCluster) -> None:
+    own_cluster.api_server.pause()
     try:
         with pytest.raises(ClusterError, match=r"(?i)timeout"):
-            cluster.kubectl("get", "nodes", "--request-timeout=1s")
+            own_cluster.kubectl("get", "nodes", "--request-timeout=1s")
     finally:
-        cluster.api_server.resume()
+        own_cluster.api_server.resume()
 
-    cluster.api_server.await_ready()
-    assert len(cluster.get("nodes")["items"]) >= 4
+    own_cluster.api_server.await_ready()
+    assert len(own_cluster.get("nodes")["items"]) >= 4
 
 
-def test_the_custom_resource_and_every_example_are_accepted(cluster: TestCluster, namespace: str) -> None:
-    cluster.kubectl("apply", "--server-side", "--filename", CRD)
-    cluster.kubectl("wait", "--for=condition=Established", "crd/trainingruns.posttrain.dev", "--timeout=30s")
+def test_the_custom_resource_and_every_example_are_accepted(cluster: Cluster, namespace: str) -> None:
+    serve_runs(cluster)
     assert len(EXAMPLES) >= 10
 
     created = [
@@ -226,7 +228,7 @@ def test_the_custom_resource_and_every_example_are_accepted(cluster: TestCluster
     assert all(re.fullmatch(r"(trainingrun\.posttrain\.dev/\S+\n)+", name) for name in created), created
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(cluster: TestCluster, tmp_path: Path) -> None:
+def test_a_folder_with_something_else_in_it_is_left_alone(own_cluster: TestCluster, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
 
     with pytest.raises(ClusterError, match="would be emptied"):
@@ -245,7 +247,7 @@ signal.pause()
 """
 
 
-def test_nothing_outlives_whoever_started_a_cluster(cluster: TestCluster, tmp_path: Path) -> None:
+def test_nothing_outlives_whoever_started_a_cluster(own_cluster: TestCluster, tmp_path: Path) -> None:
     folder = tmp_path / "cluster"
     starting = subprocess.Popen(
         [sys.executable, "-c", START_AND_WAIT, folder], stdout=subprocess.PIPE, text=True, cwd=ROOT
@@ -265,4 +267,4 @@ def test_nothing_outlives_whoever_started_a_cluster(cluster: TestCluster, tmp_pa
         assert again.get("nodes")["items"] == []
         pids = [process.pid for process in again.processes.values()]
     assert not any(map(is_alive, pids))
-    assert cluster.get("nodes")["items"]
+    assert own_cluster.get("nodes")["items"]

@@ -11,7 +11,7 @@ import pytest
 from posttrain.api.training_run import TrainingRunSpec
 from posttrain.contract.facts import CheckpointSaved, Logged, Started
 from posttrain.contract.result import Result, to_termination_message
-from tests.cluster.cluster import TestCluster
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.errors import ClusterError
 from tests.support.builders import build_report
 from tests.support.cluster_runs import ClusterRun, message_of, reasons
@@ -32,7 +32,7 @@ def columns(run: ClusterRun, *flags: str) -> dict[str, str]:
     return {header[a:b].strip(): line[a:b].strip() for a, b in zip(starts, ends, strict=True)}
 
 
-def test_columns_show_where_a_run_is(cluster: TestCluster, operator: OperatorProcess, run: ClusterRun) -> None:
+def test_columns_show_where_a_run_is(cluster: Cluster, operator: OperatorProcess, run: ClusterRun) -> None:
     run.apply()
     run.await_running()
     starting = columns(run)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.cluster import TestCluster
 from tests.cluster.kwok import simulation
 from tests.support.cluster_runs import ClusterRun, enforce_gpu_quota, message_of, reasons
@@ -23,13 +24,13 @@ LOST_SOON = [
 ONE_GPU = {"numNodes": 1, "gpusPerNode": 1}
 
 
-def label(cluster: TestCluster, namespace: str, node: str) -> None:
+def label(cluster: Cluster, namespace: str, node: str) -> None:
     """Let the test's runs go to a node."""
     cluster.kubectl("label", "node", node, f"{namespace}=yes")
 
 
 @pytest.fixture
-def own_node(cluster: TestCluster, namespace: str) -> Iterator[str]:
+def own_node(cluster: Cluster, namespace: str) -> Iterator[str]:
     """A node that nobody else's run goes to, and that the test may break."""
     (node,) = cluster.add_fake_nodes(1)
     label(cluster, namespace, node)
@@ -46,29 +47,29 @@ def node_of(run: ClusterRun, attempt: int) -> list[str]:
 
 
 def test_a_node_that_is_taken_away_restarts_the_gang_elsewhere(
-    cluster: TestCluster, run: ClusterRun, own_node: str
+    cluster: Cluster, run: ClusterRun, own_node: str
 ) -> None:
     run.apply(resources=ONE_GPU, podOverrides=only_here(run.namespace))
     run.await_running(pods=1)
     assert node_of(run, 1) == [own_node]
-    label(cluster, run.namespace, "fake-0")
+    other = cluster.fake_nodes[0]
+    label(cluster, run.namespace, other)
 
     cluster.remove_node(own_node)
 
     status = run.await_status(
         lambda s: s["attempt"] == 2 and s.get("attemptRunningTime"), what="attempt 2 running", seconds=NODE_SECONDS
     )
-    assert node_of(run, 2) == ["fake-0"]
+    assert node_of(run, 2) == [other]
     assert (status["failure"]["reason"], status["restarts"]["infrastructure"]) == ("NodeLost", 1)
     assert own_node in status["failure"]["message"]
 
 
-def test_a_node_that_falls_silent_restarts_the_gang_elsewhere(
-    cluster: TestCluster, run: ClusterRun, own_node: str
-) -> None:
+def test_a_node_that_falls_silent_restarts_the_gang_elsewhere(cluster: Cluster, run: ClusterRun, own_node: str) -> None:
     run.apply(resources=ONE_GPU, podOverrides=only_here(run.namespace, tolerations=LOST_SOON))
     run.await_running(pods=1)
-    label(cluster, run.namespace, "fake-1")
+    other = cluster.fake_nodes[1]
+    label(cluster, run.namespace, other)
 
     cluster.silence_node(own_node)
 
@@ -79,11 +80,12 @@ def test_a_node_that_falls_silent_restarts_the_gang_elsewhere(
     assert "attempt 2 waits for the end of the one before (live pods: 1)" in message_of(run.status(), "Succeeded")
     run.kubectl("delete", "pod", "demo-a1-master-0", "--force", "--grace-period=0")
     run.await_running(attempt=2, pods=1)
-    assert node_of(run, 2) == ["fake-1"]
+    assert node_of(run, 2) == [other]
 
 
-def test_a_node_that_failed_a_run_twice_is_avoided(cluster: TestCluster, run: ClusterRun) -> None:
-    label(cluster, run.namespace, "fake-2")
+def test_a_node_that_failed_a_run_twice_is_avoided(cluster: Cluster, run: ClusterRun) -> None:
+    bad, good = cluster.fake_nodes[2:4]
+    label(cluster, run.namespace, bad)
     run.apply(resources=ONE_GPU, podOverrides=only_here(run.namespace))
     (evict,) = simulation(evict="the node was low on memory").items()
     for attempt in (1, 2):
@@ -93,14 +95,14 @@ def test_a_node_that_failed_a_run_twice_is_avoided(cluster: TestCluster, run: Cl
     waiting = run.await_status(
         lambda s: s["attempt"] == 3 and reasons(s)["PodsReady"][1] == "Unschedulable", what="attempt 3 without a node"
     )
-    assert waiting["restarts"]["avoidedNodes"] == ["fake-2"]
-    label(cluster, run.namespace, "fake-3")
+    assert waiting["restarts"]["avoidedNodes"] == [bad]
+    label(cluster, run.namespace, good)
 
     run.await_running(attempt=3, pods=1)
-    assert node_of(run, 3) == ["fake-3"]
+    assert node_of(run, 3) == [good]
 
 
-def test_a_quota_that_refuses_pods_is_told_in_its_words_and_waited_for(cluster: TestCluster, run: ClusterRun) -> None:
+def test_a_quota_that_refuses_pods_is_told_in_its_words_and_waited_for(cluster: Cluster, run: ClusterRun) -> None:
     enforce_gpu_quota(cluster, run.namespace, gpus=1)
     run.apply()
 
@@ -114,20 +116,20 @@ def test_a_quota_that_refuses_pods_is_told_in_its_words_and_waited_for(cluster: 
 
 
 def test_an_operator_that_is_restarted_writes_nothing_about_a_run_that_trains(
-    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
+    own_cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
 ) -> None:
     run.apply()
     run.await_running()
-    before = writes_of_the_operator(cluster, run.namespace)
+    before = writes_of_the_operator(own_cluster, run.namespace)
     assert ("create", "pytorchjobs", "demo-a1") in before
 
     operator.process.stop()
     operator.process.start()
 
-    canary = ClusterRun(cluster, run.namespace, "canary")
+    canary = ClusterRun(own_cluster, run.namespace, "canary")
     canary.apply()
     canary.await_running()
-    after = writes_of_the_operator(cluster, run.namespace)[len(before) :]
+    after = writes_of_the_operator(own_cluster, run.namespace)[len(before) :]
     assert [write for write in after if not write[2].startswith("canary")] == []
 
 

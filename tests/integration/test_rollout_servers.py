@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.cluster import TestCluster
+from tests.cluster.any_cluster import Cluster
 from tests.support.cluster_runs import ClusterRun, enforce_gpu_quota, message_of, reasons
 from tests.support.operator_process import OperatorProcess
 
@@ -30,7 +30,7 @@ def objects_of(run: ClusterRun, kind: str) -> list[str]:
 
 
 def test_a_gang_is_made_when_its_servers_answer_and_they_go_with_the_runs_end(
-    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
+    cluster: Cluster, operator: OperatorProcess, run: ClusterRun
 ) -> None:
     run.apply(**served(gpus=1, nodes=2))
     run.await_running(pods=1)
@@ -57,7 +57,7 @@ def test_a_gang_is_made_when_its_servers_answer_and_they_go_with_the_runs_end(
 
 
 def test_a_gang_is_not_made_while_a_server_finds_no_node(
-    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
+    cluster: Cluster, operator: OperatorProcess, run: ClusterRun
 ) -> None:
     run.apply(**served(gpus=64))
 
@@ -71,7 +71,7 @@ def test_a_gang_is_not_made_while_a_server_finds_no_node(
 
 
 def test_a_server_that_a_quota_refuses_is_told_in_its_words(
-    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
+    cluster: Cluster, operator: OperatorProcess, run: ClusterRun
 ) -> None:
     enforce_gpu_quota(cluster, run.namespace, gpus=1)
     run.apply(**served(gpus=1))
@@ -84,7 +84,7 @@ def test_a_server_that_a_quota_refuses_is_told_in_its_words(
 
 
 def test_servers_live_over_a_restart_of_the_gang_and_not_over_a_suspension(
-    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
+    cluster: Cluster, operator: OperatorProcess, run: ClusterRun
 ) -> None:
     run.apply(**served(gpus=1))
     run.await_running(pods=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from posttrain.plan import labels
-from tests.cluster.cluster import TestCluster
+from tests.cluster.any_cluster import Cluster
 from tests.support.cluster_runs import ClusterRun, message_of, reasons
 
 pytestmark = pytest.mark.integration
@@ -15,7 +15,7 @@ SANDBOX = f"{labels.RUN}=demo,{labels.ROLE}={labels.ROLE_SANDBOX}"
 
 
 def test_a_gang_waits_for_its_sandbox_which_goes_while_the_run_is_suspended_and_comes_back(
-    cluster: TestCluster, run: ClusterRun
+    cluster: Cluster, run: ClusterRun
 ) -> None:
     run.kubectl("create", "quota", "none", "--hard=requests.cpu=0")
     run.apply(**CODE)

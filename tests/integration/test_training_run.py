@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.contract.facts import CheckpointSaved, Logged, NonFinite, SignalLost, Started
 from posttrain.contract.result import Result, to_termination_message
-from tests.cluster.cluster import TestCluster
+from tests.cluster.any_cluster import Cluster
 from tests.support.builders import GRPO, build_report
 from tests.support.cluster_runs import ClusterRun, message_of, reasons
 from tests.support.operator_process import OperatorProcess
@@ -20,7 +20,7 @@ LOW_ON_MEMORY = "the node was low on memory"
 STARTED = Started(world_size=2, max_steps=20, resumed_from_step=0)
 
 
-def test_a_run_trains_reports_and_succeeds(cluster: TestCluster, operator: OperatorProcess, run: ClusterRun) -> None:
+def test_a_run_trains_reports_and_succeeds(cluster: Cluster, operator: OperatorProcess, run: ClusterRun) -> None:
     run.apply()
     run.await_running()
     saved = CheckpointSaved(step=5, uri="pvc://shared/demo/checkpoint-5", bytes=10, digest="sha256:0")
@@ -119,9 +119,7 @@ def test_a_run_is_suspended_and_goes_on_as_a_new_attempt(run: ClusterRun) -> Non
     assert run.status()["restarts"] == {"infrastructure": 0, "application": 0, "stepsLost": 0}
 
 
-def test_a_loss_that_is_no_number_ends_the_run(
-    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
-) -> None:
+def test_a_loss_that_is_no_number_ends_the_run(cluster: Cluster, operator: OperatorProcess, run: ClusterRun) -> None:
     run.apply()
     run.await_running()
 
@@ -136,7 +134,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
 
 
 def test_a_lost_signal_is_a_warning_until_its_owner_asks_for_more(
-    cluster: TestCluster, operator: OperatorProcess, run: ClusterRun
+    cluster: Cluster, operator: OperatorProcess, run: ClusterRun
 ) -> None:
     run.apply(sft=None, grpo=GRPO)
     run.await_running()

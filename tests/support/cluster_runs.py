@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.contract.result import Result, to_termination_message
 from posttrain.plan import labels, names
 from posttrain.plan.types import Manifest
-from tests.cluster.cluster import TestCluster
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.kwok import simulation
 from tests.support.builders import build_spec
 
@@ -20,7 +20,7 @@ WAIT_SECONDS = 90.0
 COMPLETED = Result(reason="Completed", message="trained", artifacts={"model": "pvc://shared/demo/model"})
 
 
-def enforce_gpu_quota(cluster: TestCluster, namespace: str, *, gpus: int) -> None:
+def enforce_gpu_quota(cluster: Cluster, namespace: str, *, gpus: int) -> None:
     """Let a namespace have pods of so many GPUs in all, from now on."""
     hard = {"requests.nvidia.com/gpu": str(gpus)}
     metadata = {"name": "gpus", "namespace": namespace}
@@ -35,7 +35,7 @@ def enforce_gpu_quota(cluster: TestCluster, namespace: str, *, gpus: int) -> Non
 class ClusterRun:
     """One run in a namespace."""
 
-    def __init__(self, cluster: TestCluster, namespace: str, name: str = "demo") -> None:
+    def __init__(self, cluster: Cluster, namespace: str, name: str = "demo") -> None:
         self.cluster = cluster
         self.namespace = namespace
         self.name = name

@@ -20,7 +20,7 @@ import yaml
 from posttrain.contract.facts import FactsReply, FactsReport
 from posttrain.plan.names import resource_path
 from tests.cluster.addresses import Ports
-from tests.cluster.cluster import TestCluster
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.kwok import NODE_SELECTOR, TOLERATION
 from tests.cluster.processes import Process, tail
 from tests.support.certificates import TestAuthority
@@ -42,7 +42,7 @@ class OperatorProcess:
 
     def __init__(
         self,
-        cluster: TestCluster,
+        cluster: Cluster,
         folder: Path,
         *,
         python: Path,
@@ -115,7 +115,7 @@ class OperatorProcess:
         self.process.stop()
         self._ports.close()
 
-    def report(self, cluster: TestCluster, namespace: str, pod: str, report: FactsReport) -> FactsReply:
+    def report(self, cluster: Cluster, namespace: str, pod: str, report: FactsReport) -> FactsReply:
         """Post facts as a pod does: with a token of its own, bound to it, for its run alone.
 
         Raises:
@@ -136,7 +136,7 @@ class OperatorProcess:
 class Replicas:
     """The operators of one test, which end with it."""
 
-    def __init__(self, cluster: TestCluster, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster = cluster
         self._folder = folder
         self._started: list[OperatorProcess] = []
@@ -171,7 +171,7 @@ class Replicas:
             operator.close()
 
 
-def pod_token(cluster: TestCluster, namespace: str, pod: str, *, audience: str) -> str:
+def pod_token(cluster: Cluster, namespace: str, pod: str, *, audience: str) -> str:
     """Return a token as the kubelet projects it into a pod."""
     account = cluster.get("pod", pod, "--namespace", namespace)["spec"]["serviceAccountName"]
     bound = ("--bound-object-kind=Pod", f"--bound-object-name={pod}")
@@ -181,7 +181,7 @@ def pod_token(cluster: TestCluster, namespace: str, pod: str, *, audience: str) 
 
 
 def add_claim(
-    cluster: TestCluster,
+    cluster: Cluster,
     namespace: str,
     name: str,
     *,

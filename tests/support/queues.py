@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tests.cluster.cluster import TestCluster
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.kwok import NODE_SELECTOR, TOLERATION
 
 VERSION = "kueue.x-k8s.io/v1beta2"
@@ -28,7 +28,7 @@ def build_local_queue(namespace: str, *, name: str = QUEUE) -> dict[str, Any]:
 
 
 @contextmanager
-def serve_queue(cluster: TestCluster, namespace: str, *, gpus: int) -> Iterator[str]:
+def serve_queue(cluster: Cluster, namespace: str, *, gpus: int) -> Iterator[str]:
     """Make flavor and ClusterQueue, named as the namespace, and the LocalQueue in it; remove them at the end.
 
     The flavor's pods go to nodes that are played. A higher priority preempts.

@@ -1,7 +1,8 @@
 """Tiers of tests that need programs which are built beforehand: whether they can run here, and what they leave to read.
 
 A tier that cannot run says so as `NOT RUN: <part>: <why>`. $POSTTRAIN_REQUIRE names the parts that must run
-(`control-plane,node,kueue`): CI promises them, and there it is a failure.
+(`control-plane,node,kueue`): CI promises them, and there it is a failure. $POSTTRAIN_KUBECONFIG names a cluster that is
+used instead of one that is started; a test that asks more of its cluster than such a one can give is not run.
 """
 
 from __future__ import annotations
@@ -10,29 +11,60 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from tests.cluster.cluster import TestCluster
+from tests.cluster.any_cluster import Cluster
 from tests.cluster.components import why_not
+from tests.cluster.external import ExternalCluster, NotUsableError
 from tests.support.operator_process import OperatorProcess, Replicas
 
-_LOGGED = (TestCluster, OperatorProcess, Replicas)
+_LOGGED = (Cluster, OperatorProcess, Replicas)
+_KUBECONFIG = "POSTTRAIN_KUBECONFIG"
 
 
 def require(*parts: str) -> None:
     """Skip the test that asks, or fail where the part was promised, unless all parts can be run here."""
-    promised = os.environ.get("POSTTRAIN_REQUIRE", "").split(",")
     for part in parts:
         if reason := why_not(part):
-            message = f"NOT RUN: {part}: {reason}"
-            if part in promised:
-                pytest.fail(message, pytrace=False)
-            pytest.skip(message)
+            _give_up(part, reason)
+
+
+def require_own_cluster(part: str, *, why: str) -> None:
+    """Skip the test that asks where $POSTTRAIN_KUBECONFIG names a cluster, as it needs one that it has started."""
+    if external_kubeconfig() is not None:
+        pytest.skip(f"NOT RUN: {part}: ${_KUBECONFIG} names a cluster that these tests did not start: {why}")
+
+
+def external_kubeconfig() -> Path | None:
+    """Return the kubeconfig of the cluster to be used instead of one that is started."""
+    named = os.environ.get(_KUBECONFIG)
+    return Path(named).absolute() if named else None
+
+
+def join_external(kubeconfig: Path, folder: Path) -> ExternalCluster:
+    """Begin to use that cluster; where it cannot be used, skip the test that asks, or fail as `require`.
+
+    Raises:
+        ClusterError: it is not there.
+    """
+    try:
+        return ExternalCluster.join(folder, kubeconfig=kubeconfig)
+    except NotUsableError as error:
+        _give_up("control-plane", f"the cluster of ${_KUBECONFIG} ({kubeconfig}) cannot be used: {error}")
+
+
+def _give_up(part: str, reason: str) -> NoReturn:
+    message = f"NOT RUN: {part}: {reason}"
+    if part in os.environ.get("POSTTRAIN_REQUIRE", "").split(","):
+        pytest.fail(message, pytrace=False)
+    pytest.skip(message)
 
 
 @contextmanager
-def fresh_namespace(cluster: TestCluster) -> Iterator[str]:
+def fresh_namespace(cluster: Cluster) -> Iterator[str]:
     """Make a namespace, and delete it at the end without waiting until it is gone."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     cluster.create_namespace(name)

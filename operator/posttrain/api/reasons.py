@@ -63,7 +63,8 @@ _CATALOGUE = (
         name="InvalidSpec",
         message="The spec is not valid.",
         advice="Delete the run, change the fields named in the message, and apply it again: most fields of a "
-        "run cannot be edited.",
+        "run cannot be edited. Where an attempt is under way, as after an upgrade, it goes on as it was made: wait for "
+        "its end, and delete the run only then. No other attempt follows it.",
     ),
     Reason(
         name="SpecChanged",

@@ -9,7 +9,7 @@ from posttrain.api.reasons import REASONS
 from posttrain.api.training_run_status import ModelStatus
 from posttrain.plan.acceptance import explain_obstacle
 from posttrain.plan.attempts import NON_FINITE, completed_result, find_cause, settling_until
-from posttrain.plan.children import service_refs
+from posttrain.plan.children import waiting_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.quota import withdraw
 from posttrain.plan.signal import find_loss
@@ -92,7 +92,7 @@ def suspended(situation: Situation) -> Verdict | None:
             changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
             deletes=(
                 *old_refs(situation),
-                *present_refs(situation, service_refs(situation)),
+                *present_refs(situation, waiting_refs(situation)),
                 *withdraw(situation),
             ),
             deadlines=silences(situation, situation.trainer_pods),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
+import orjson
 import pytest
 
 from posttrain.api.conditions import TRAINING_RUN_CONDITIONS
 from posttrain.contract.facts import CheckpointSaved, PrepareResult, Started
 from posttrain.contract.result import Result
+from posttrain.control.drift import has_drifted
 from posttrain.control.kinds import (
     CLAIM,
     CONFIG_MAP,
@@ -28,6 +31,7 @@ from posttrain.control.kinds import (
 )
 from posttrain.control.port import Conflict, InternalError, ObjectKey, Rejected, Unavailable
 from posttrain.plan.types import Manifest
+from posttrain.settings import Profile, Settings
 from tests.support.bench import RUN, Bench, wait_out_pending_deadline
 from tests.support.builders import build_other_run
 from tests.support.faults import Call, Crash, Fault
@@ -438,29 +442,62 @@ def test_a_first_gang_whose_creation_got_no_answer_is_not_made_twice() -> None:
 
 def test_an_operator_with_other_settings_makes_the_gang_of_an_attempt_that_another_one_began() -> None:
     """The attempt's ConfigMap is immutable, and the job is not there yet: a leader was lost between the two."""
-    undisturbed = Bench()
-    undisturbed.submit()
-    undisturbed.settle()
-    before = [call.text for call in undisturbed.port.calls].index("create PyTorchJob demo-a1")
     bench = Bench()
     bench.submit()
-    bench.port.faults.extend([*[None] * before, Fault(when="before", error=Unavailable("the leader was lost"))])
-    with pytest.raises(Unavailable):
-        bench.settle()
-    assert bench.names(PYTORCHJOB) == []
+    lose_leader_before_the_job(bench)
     data = child(bench, CONFIG_MAP, "demo-a1")["data"]
 
     bench.settings = bench.settings.model_copy(update={"termination_grace_seconds": 5})
     bench.start()
+    bench.port.clear()
     bench.settle()
 
-    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
-    assert child(bench, CONFIG_MAP, "demo-a1")["data"] == data
-    run_gang(bench)
-    bench.wait(31)
-    bench.settle()
+    assert bench.port.writes() == ["create PyTorchJob demo-a1", "apply_status TrainingRun demo"]
     assert bench.says("Accepted") == ("True", "Accepted")
-    assert bench.status.stage == "Training"
+    assert child(bench, CONFIG_MAP, "demo-a1")["data"] == data
+    assert not has_drifted(child(bench, PYTORCHJOB, "demo-a1"), wanted=orjson.loads(data["job.json"]))
+    run_gang(bench)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    assert pod_spec(bench, attempt=2)["terminationGracePeriodSeconds"] == 5
+
+
+def lose_leader_before_the_job(bench: Bench) -> None:
+    """Let the operator come as far as the ConfigMap of the first attempt."""
+
+    def answer(call: Call) -> BaseException | None:
+        return Unavailable("the leader was lost") if call.text == "create PyTorchJob demo-a1" else None
+
+    bench.port.refuse = answer
+    with pytest.raises(Unavailable):
+        bench.settle()
+    bench.port.refuse = lambda call: None
+    assert bench.names(PYTORCHJOB, CONFIG_MAP) == ["ConfigMap demo-a1"]
+
+
+def pod_spec(bench: Bench, *, attempt: int) -> Manifest:
+    """Return the spec of the pods of an attempt's job."""
+    job = child(bench, PYTORCHJOB, f"demo-a{attempt}")
+    spec: Manifest = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    return spec
+
+
+def test_a_config_that_is_about_to_go_begins_no_gang() -> None:
+    bench = Bench()
+    bench.submit()
+    lose_leader_before_the_job(bench)
+    held = child(bench, CONFIG_MAP, "demo-a1")
+    bench.cluster.put({**held, "metadata": {**held["metadata"], "finalizers": ["slow/collector"]}})
+    bench.others.delete(CONFIG_MAP, "demo-a1")
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == []
+
+    gone = child(bench, CONFIG_MAP, "demo-a1")
+    bench.cluster.put({**gone, "metadata": {**gone["metadata"], "finalizers": []}})
+    bench.settle()
+    assert bench.names(PYTORCHJOB, CONFIG_MAP) == ["PyTorchJob demo-a1", "ConfigMap demo-a1"]
 
 
 # --- Obstacles -------------------------------------------------------------------------------------------------------
@@ -899,6 +936,40 @@ def test_what_is_observed_is_told_although_something_cannot_be_carried_out(fails
     assert bench.says("Finished") == ("True", "ProgressStalled")
 
 
+def test_pods_that_cannot_be_listed_are_told_of_and_no_gang_is_made_meanwhile() -> None:
+    bench = Bench()
+    bench.submit()
+    bench.port.refuse = lambda call: InternalError(WEBHOOK) if call.text == "list Pod" else None
+    look_for(bench, seconds=10)
+
+    assert bench.condition("Accepted").message == f"PyTorchJob demo-a1 was refused: {WEBHOOK}"
+    assert bench.names(PYTORCHJOB) == []
+    assert_accepted_when_nothing_is_refused(bench)
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+@pytest.mark.parametrize("error", [InternalError(WEBHOOK), Rejected("configmaps is forbidden")])
+def test_own_code_that_cannot_be_read_is_told_in_the_servers_words_and_asked_for_now_and_then(error: Exception) -> None:
+    bench = Bench()
+    bench.cluster.put(foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 1\n"}))
+    bench.submit(code={"configMapName": "my-code"})
+    bench.port.refuse = lambda call: error if call.text == "get ConfigMap my-code" else None
+    look_for(bench, seconds=10)
+
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert bench.condition("Accepted").message == f"ConfigMap my-code cannot be read: {error}"
+    told, version = bench.events(), bench.run["metadata"]["resourceVersion"]
+    bench.port.clear()
+    look_for(bench, seconds=25)
+    assert len([call for call in bench.port.calls if call.method == "get"]) <= 1
+    bench.wait(31)
+    bench.settle()
+    assert (bench.events(), bench.run["metadata"]["resourceVersion"]) == (told, version), "the status does not flap"
+
+    assert_accepted_when_nothing_is_refused(bench)
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
 def test_a_failure_beside_a_conflict_does_not_hide_it() -> None:
     bench = Bench()
     bench.submit()
@@ -1271,6 +1342,180 @@ def test_a_spec_that_cannot_be_carried_out_is_told_by_field() -> None:
     assert "spec.resources.profile: there is no profile 'h200' here" in message
 
 
+def take_profile_away(bench: Bench) -> None:
+    """Begin anew as an operator in whose settings the run's profile is no more."""
+    bench.settings = Settings()
+    bench.start()
+
+
+def misspell_argument(bench: Bench) -> None:
+    """Let the operator find an argument that it does not know, as a stricter one would in the spec as it was."""
+    bench.others.change_run(sft={"args": {"learning_rat": 0.1}})
+
+
+def refuse_live_run(bench: Bench, refuse: Callable[[Bench], None], **spec: Any) -> None:
+    """Let an attempt train, and its spec be refused then."""
+    bench.submit(resources={"gpusPerNode": 1, "profile": "h200"}, **spec)
+    run_gang(bench)
+    refuse(bench)
+    bench.settle()
+    assert bench.says("Accepted") == bench.says("Succeeded") == ("False", "InvalidSpec")
+    assert (bench.status.stage, bench.says("PodsReady")) == ("Training", ("True", "AllPodsRunning"))
+
+
+REFUSALS = pytest.mark.parametrize("refused", [take_profile_away, misspell_argument])
+
+
+def bench_with_profiles() -> Bench:
+    return Bench(settings=Settings(profiles={"default": Profile(), "h200": Profile(price_per_gpu_hour="2")}))
+
+
+@REFUSALS
+def test_a_gang_whose_spec_is_refused_while_it_trains_goes_on_and_ends_the_run(
+    refused: Callable[[Bench], None],
+) -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, refused)
+    job = child(bench, PYTORCHJOB, "demo-a1")
+    bench.wait(3600)
+    bench.others.tell(CheckpointSaved(step=5, uri="pvc://demo/c", bytes=1, digest="0"), attempt=1)
+    bench.settle()
+    usage, checkpoints = bench.status.usage, bench.status.checkpoints
+    assert (usage and usage.cost, checkpoints and checkpoints.latest_step) == ("2.00", 5)
+    assert child(bench, PYTORCHJOB, "demo-a1") == job
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+
+    assert bench.says("Succeeded") == bench.says("Finished") == ("True", "Completed")
+    assert bench.says("Stalled") == ("False", "Completed")
+    assert bench.says("Accepted") == ("False", "InvalidSpec")
+    assert bench.says("Prepared") == ("True", "PrepareDisabled")
+    assert bench.status.model and bench.status.model.uri == "pvc://demo/demo/final"
+
+
+@REFUSALS
+def test_a_gang_that_fails_under_a_refused_spec_is_charged_and_no_other_is_made_until_it_is_mended(
+    refused: Callable[[Bench], None],
+) -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, refused)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+
+    restarts, failure = bench.status.restarts, bench.status.failure
+    charged = (bench.status.attempt, restarts and restarts.infrastructure, failure and failure.reason)
+    assert charged == (2, 1, "RankKilled")
+    assert bench.says("Accepted") == bench.says("Succeeded") == bench.says("Finished") == ("False", "InvalidSpec")
+    assert bench.says("Stalled") == ("True", "InvalidSpec")
+    assert bench.names(PYTORCHJOB, CONFIG_MAP) == []
+    version = bench.run["metadata"]["resourceVersion"]
+    bench.wait(1000)
+    bench.settle()
+    assert bench.run["metadata"]["resourceVersion"] == version, "the status does not flap"
+
+    bench.others.change_run(sft={"args": {"max_steps": 20}})
+    bench.settings = bench_with_profiles().settings
+    bench.start()
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a2"]
+
+
+def test_a_gang_that_fails_under_a_refused_spec_ends_the_run_when_the_budget_is_spent() -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, take_profile_away, restarts={"maxInfrastructureRestarts": 0})
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+
+    assert bench.says("Finished") == ("True", "RankKilled")
+    assert bench.status.stage == "Failed"
+
+
+def test_a_gang_whose_spec_is_refused_is_suspended_and_has_its_deadline() -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, misspell_argument, activeDeadlineSeconds=600)
+    bench.others.change_run(suspend=True)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    assert (bench.status.stage, bench.names(PYTORCHJOB)) == ("Suspended", [])
+    bench.others.change_run(suspend=False)
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == []
+
+    bench.wait(601)
+    bench.settle()
+    assert bench.says("Finished") == ("True", "DeadlineExceeded")
+
+
+def test_a_profile_that_is_not_there_is_not_pinned_instead_of_the_one_that_is() -> None:
+    bench = bench_with_profiles()
+    refuse_live_run(bench, take_profile_away)
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    pinned = bench.status.provenance
+    assert pinned is not None
+    bench.others.change_run(resources={"gpusPerNode": 1, "profile": "h201"})
+    bench.settle()
+    assert "spec.resources.profile: there is no profile 'h201' here" in bench.condition("Accepted").message
+    assert bench.status.provenance == pinned
+
+    bench.others.change_run(resources={"gpusPerNode": 1})
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    provenance = bench.status.provenance
+    assert provenance and provenance.profile_name is None
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a2"]
+
+
+def test_a_gang_that_ends_while_the_spec_cannot_be_read_is_told_so_and_judged_later() -> None:
+    bench = Bench()
+    run = bench.submit()
+    run_gang(bench)
+    bench.others.change_run(colour="blue")
+    bench.settle()
+    assert (bench.status.stage, bench.says("PodsReady")) == ("Training", ("True", "AllPodsRunning"))
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+
+    assert bench.status.stage == "Pending"
+    assert bench.says("PodsReady") == ("False", "InvalidSpec")
+    told = "attempt 1: its PyTorchJob has ended (Succeeded), which is judged when the spec can be read again"
+    assert bench.condition("PodsReady").message == told
+    bench.cluster.put({**bench.run, "spec": run["spec"]})
+    bench.settle()
+    assert bench.says("Succeeded") == ("True", "Completed")
+
+
+def test_a_run_whose_spec_cannot_be_read_keeps_every_condition() -> None:
+    bench = Bench()
+    bench.submit(sft=None, grpo={"rewards": [{"name": "format"}], "args": {"max_steps": 20}})
+    run_gang(bench)
+    assert bench.says("SignalHealthy") == ("True", "SignalHealthy")
+    bench.others.change_run(colour="blue")
+    bench.settle()
+
+    assert bench.says("Accepted") == ("False", "InvalidSpec")
+    assert bench.says("SignalHealthy") == ("True", "SignalHealthy")
+
+
+def test_a_run_that_ended_stays_so_when_its_spec_cannot_be_read_any_more() -> None:
+    bench = Bench()
+    bench.submit()
+    run_gang(bench)
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+    status = bench.run["status"]
+    bench.others.change_run(colour="blue")
+    bench.settle()
+
+    assert bench.run["status"] == status
+
+
 def test_own_code_is_waited_for_and_kept_as_it_was_when_it_came() -> None:
     bench = Bench()
     bench.submit(code={"configMapName": "my-code"})
@@ -1395,6 +1640,133 @@ def test_a_flavor_that_is_missing_is_looked_for_soon_because_its_quota_is_held()
     bench.wait(5)
     bench.settle()
     assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
+def put_flavor(bench: Bench, name: str) -> None:
+    """Make a flavor whose pods go to nodes of their own."""
+    bench.cluster.put(kueue_object(RESOURCE_FLAVOR, name, spec={"nodeLabels": {"pool": name}}))
+
+
+def begin_in_queue(bench: Bench) -> None:
+    """Let the operator come as far as the ConfigMap of an attempt that has its quota in the flavor `first`."""
+    put_flavor(bench, "first")
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    admit(bench, flavor="first")
+    lose_leader_before_the_job(bench)
+
+
+def preempt(bench: Bench) -> None:
+    """Let Kueue ask for the quota back."""
+    workload = child(bench, WORKLOAD)
+    evicted = {"type": "Evicted", "status": "True", "reason": "Preempted", "message": "for a higher priority"}
+    workload["status"]["conditions"].append(evicted)
+    bench.cluster.put(workload)
+
+
+def fail_flavors(bench: Bench) -> None:
+    """Let no flavor be read, as when the webhook that converts them between versions is away."""
+    bench.port.refuse = lambda call: InternalError(WEBHOOK) if call.text == "list ResourceFlavor" else None
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["same operator", "new operator"])
+def test_a_gang_ends_as_it_does_although_the_flavors_cannot_be_read(anew: bool) -> None:
+    bench = Bench()
+    put_flavor(bench, "first")
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    admit(bench, flavor="first")
+    run_gang(bench)
+    fail_flavors(bench)
+    bench.wait(100)
+    if anew:
+        bench.start()
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    bench.others.complete_gang(1, result=COMPLETED)
+    bench.settle()
+
+    assert bench.says("Succeeded") == ("True", "Completed")
+
+
+def test_a_gang_whose_flavor_cannot_be_read_is_not_made_and_that_is_told() -> None:
+    bench = Bench()
+    put_flavor(bench, "first")
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    fail_flavors(bench)
+    admit(bench, flavor="first")
+    look_for(bench, seconds=10)
+
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert bench.condition("Accepted").message == f"ResourceFlavor first cannot be read: {WEBHOOK}"
+    assert bench.condition("PodsReady").message == "quota is reserved; ResourceFlavor first cannot be read"
+    assert bench.names(PYTORCHJOB) == []
+    assert_accepted_when_nothing_is_refused(bench)
+    assert pod_spec(bench, attempt=1)["nodeSelector"] == {"pool": "first"}
+
+
+def test_flavors_that_are_known_are_believed_while_they_cannot_be_read() -> None:
+    bench = Bench()
+    put_flavor(bench, "first")
+    bench.submit(resources=QUEUE)
+    bench.settle()
+    admit(bench, flavor="first")
+    bench.settle()
+    bench.others.delete(PYTORCHJOB, "demo-a1")
+    fail_flavors(bench)
+    bench.wait(100)
+    bench.settle()
+
+    assert bench.status.attempt == 2
+    assert pod_spec(bench, attempt=2)["nodeSelector"] == {"pool": "first"}
+
+
+def test_a_gang_is_not_made_for_the_nodes_of_a_reservation_that_was_lost_before() -> None:
+    bench = Bench()
+    begin_in_queue(bench)
+    preempt(bench)
+    bench.start()
+    bench.port.clear()
+    bench.settle()
+    assert bench.port.writes() == ["delete ConfigMap demo-a1", "apply_status TrainingRun demo", "patch Workload demo"]
+    assert bench.names(CONFIG_MAP) == []
+
+    put_flavor(bench, "second")
+    admit(bench, flavor="second")
+    bench.wait(5)
+    bench.settle()
+    assert pod_spec(bench, attempt=1)["nodeSelector"] == {"pool": "second"}
+    assert bench.status.attempt == 1
+
+
+def test_a_reservation_is_not_given_back_before_what_was_made_for_it_is_gone() -> None:
+    bench = Bench()
+    begin_in_queue(bench)
+    bench.port.refuse = lambda call: Rejected("denied by policy") if call.method == "delete" else None
+    preempt(bench)
+    bench.start()
+    bench.port.clear()
+    for _ in range(3):
+        bench.settle()
+        bench.wait(31)
+    assert bench.says("Accepted") == ("False", "ChildRejected")
+    assert [text for text in bench.port.writes() if "Workload" in text] == []
+
+    assert_accepted_when_nothing_is_refused(bench)
+    assert bench.names(CONFIG_MAP) == []
+
+
+def test_a_run_that_leaves_its_queue_while_it_is_suspended_has_no_nodes_of_it() -> None:
+    bench = Bench()
+    begin_in_queue(bench)
+    bench.others.change_run(suspend=True)
+    bench.settle()
+    assert bench.names(WORKLOAD, CONFIG_MAP) == []
+    bench.others.change_run(suspend=False, resources={**QUEUE, "queueName": None})
+    bench.settle()
+
+    assert "nodeSelector" not in pod_spec(bench, attempt=1)
 
 
 def test_a_priority_that_is_missing_is_looked_for_now_and_then() -> None:

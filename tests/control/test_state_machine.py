@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from posttrain.api.conditions import TRAINING_RUN_CONDITIONS
+from posttrain.api.conditions import TRAINING_RUN_CONDITIONS, WATCHED_CONDITIONS
 from posttrain.contract.facts import CheckpointSaved, NonFinite, PrepareResult, Started
 from posttrain.contract.result import Result
 from posttrain.control.kinds import (
@@ -63,7 +63,7 @@ class Operator(RuleBasedStateMachine):
     - the attempt never decreases and grows by one at a time; no job is of an attempt that was not counted before;
     - each attempt's failure is counted exactly once, in one of the budgets, and no budget is overdrawn;
     - every child is controlled by the run, and what somebody else made under a child's name is never changed;
-    - a run that ended stays as it ended;
+    - a run that ended stays as it ended, also under a spec that is refused;
     - the conditions are complete from the first status on;
     - usage never shrinks, is never negative, and its parts add up;
     - with all faults over, a bounded number of looks leads to a point where another look writes nothing, and
@@ -75,7 +75,7 @@ class Operator(RuleBasedStateMachine):
         gpus=st.sampled_from([0, 2]),
         prepare=st.sampled_from([False, False, False, True]),
         retain=st.sampled_from(["Always", "Never"]),
-        on_non_finite=st.sampled_from(["Fail", "Suspend"]),
+        on_non_finite=st.sampled_from(["Fail", "Suspend", "Warn"]),
         deadline=st.sampled_from([None, 5000]),
     )
     def a_user_applies_a_run(
@@ -95,6 +95,7 @@ class Operator(RuleBasedStateMachine):
             },
             **deadlines,
         )
+        self.conditions = WATCHED_CONDITIONS if on_non_finite == "Warn" else TRAINING_RUN_CONDITIONS
         self.nodes = nodes
         self.foreign: dict[ObjectKey, Manifest] = {}
         self.lagging: set[Kind] = set()
@@ -127,8 +128,10 @@ class Operator(RuleBasedStateMachine):
             self.see()
             self.reconcile()
 
-    @rule()
-    def the_operator_starts_anew(self) -> None:
+    @rule(grace_seconds=st.sampled_from([120, 120, 5]))
+    def the_operator_starts_anew(self, grace_seconds: int) -> None:
+        """Mostly with the settings of the one before."""
+        self.bench.settings = self.bench.settings.model_copy(update={"termination_grace_seconds": grace_seconds})
         self.bench.start()
 
     @rule(kinds=LAGGING)
@@ -281,6 +284,10 @@ class Operator(RuleBasedStateMachine):
     def the_user_suspends_or_resumes(self, suspend: bool) -> None:
         self.bench.others.change_run(suspend=suspend)
 
+    @rule(refused=st.booleans())
+    def the_spec_is_refused_or_taken_again(self, refused: bool) -> None:
+        self.bench.others.change_run(sft={"args": {"learning_rat": 0.1} if refused else {"max_steps": 20}})
+
     @rule(seconds=st.sampled_from([1, 15, 31, 130, 700, 6000]))
     def time_passes(self, seconds: int) -> None:
         self.bench.wait(seconds)
@@ -310,7 +317,7 @@ class Operator(RuleBasedStateMachine):
             self.the_end_stays_the_end(before, after)
             self.usage_grows(before, after)
             if after.keys() - {"progress"}:
-                assert [c["type"] for c in after["conditions"]] == list(TRAINING_RUN_CONDITIONS)
+                assert [c["type"] for c in after["conditions"]] == list(self.conditions)
 
     def attempts_are_counted_once(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         old, new = before.get("attempt") or 0, after.get("attempt") or 0
@@ -372,6 +379,7 @@ class Operator(RuleBasedStateMachine):
         for key in self.foreign:
             bench.cluster.remove(key)
         self.foreign.clear()
+        self.the_spec_is_refused_or_taken_again(False)
         bench.wait(31)  # what stood in the way is tried again
         for _ in range(30):
             before = len(bench.port.writes())

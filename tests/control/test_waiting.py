@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.control.kinds import POD
+from posttrain.control.port import InternalError, Rejected
 from tests.support.bench import Bench
 
 _PATIENCE_SECONDS = 30
@@ -103,6 +104,22 @@ def test_an_event_that_another_one_followed_is_past() -> None:
     bench.settle()
 
     assert bench.says("PodsReady") == ("False", "PodsStarting")
+
+
+@pytest.mark.parametrize("error", [InternalError("etcdserver: request timed out"), Rejected("events is forbidden")])
+def test_events_that_cannot_be_read_cost_their_words_and_nothing_else(error: Exception) -> None:
+    bench = Bench()
+    start_gang(bench, nodes=2)
+    bench.others.put_event(POD, MASTER, reason="FailedMount", message=NOT_MOUNTED)
+    bench.wait(_PATIENCE_SECONDS)
+    bench.port.refuse = lambda call: error if call.text == "list Event" else None
+    assert bench.settle() == _PATIENCE_SECONDS
+    assert bench.says("PodsReady") == ("False", "PodsStarting")
+    assert bench.says("Accepted") == ("True", "Accepted")
+
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    assert bench.status.attempt == 2
 
 
 def test_a_run_that_has_ended_asks_for_no_events() -> None:

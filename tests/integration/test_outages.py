@@ -6,12 +6,21 @@ $POSTTRAIN_OUTAGE_SECONDS says how long the API server is down.
 from __future__ import annotations
 
 import os
+import re
+import socket
+import ssl
 import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import TestCluster
 from tests.support.api_proxy import ApiProxy, ApiRequest, watch_error
+from tests.support.certificates import TestAuthority
 from tests.support.cluster_runs import ClusterRun, message_of, reasons
 from tests.support.operator_process import OperatorProcess, Replicas
 from tests.support.processes import wait_for
@@ -162,13 +171,67 @@ def test_a_run_whose_deletion_nobody_told_of_gets_no_children(
     assert made == []
 
 
+@contextmanager
+def webhook_that_is_away(_: Path) -> Iterator[dict[str, str]]:
+    """Nothing listens there."""
+    yield {"url": "https://127.0.0.1:9/validate"}
+
+
+@contextmanager
+def webhook_that_is_slow(folder: Path) -> Iterator[dict[str, str]]:
+    """Something there takes every question, and never answers."""
+    files = TestAuthority().write(folder)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files.certificate, files.key)
+    asked: list[socket.socket] = []
+
+    def take() -> None:
+        with suppress(OSError):
+            while True:
+                asked.append(tls.wrap_socket(listening.accept()[0], server_side=True))
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as executor:
+        taking = executor.submit(take)
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}/validate"
+        try:
+            yield {"url": url, "caBundle": b64encode(files.authority.read_bytes()).decode()}
+            assert not taking.done()
+            assert asked
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+    for connection in asked:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("webhook", "words"),
+    [
+        (webhook_that_is_away, r"Internal error occurred: failed calling webhook .*"),
+        # Whichever of the two notices first that the time is over.
+        (
+            webhook_that_is_slow,
+            r"(Timeout: request did not complete|Internal error occurred: failed calling webhook) .*",
+        ),
+    ],
+)
 def test_a_webhook_that_does_not_answer_is_told_and_the_run_begins_when_it_is_gone(
-    faulty_cluster: TestCluster, operator: OperatorProcess, faulty_namespace: str
+    faulty_cluster: TestCluster,
+    operator: OperatorProcess,
+    faulty_namespace: str,
+    webhook: Callable[[Path], AbstractContextManager[dict[str, str]]],
+    words: str,
+    tmp_path: Path,
 ) -> None:
+    with webhook(tmp_path) as client:
+        see_refusal(faulty_cluster, faulty_namespace, client=client, words=words)
+
+
+def see_refusal(cluster: TestCluster, namespace: str, *, client: dict[str, str], words: str) -> None:
+    """Let a webhook be asked about the NetworkPolicy of a run, and see that this is told until it is not any more."""
     webhook = {
         "name": "policies.example.com",
-        # Nothing listens there.
-        "clientConfig": {"url": "https://127.0.0.1:9/validate"},
+        "clientConfig": client,
+        "timeoutSeconds": 30,
         "rules": [
             {
                 "apiGroups": ["networking.k8s.io"],
@@ -177,22 +240,23 @@ def test_a_webhook_that_does_not_answer_is_told_and_the_run_begins_when_it_is_go
                 "resources": ["networkpolicies"],
             }
         ],
-        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": faulty_namespace}},
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}},
         "failurePolicy": "Fail",
         "sideEffects": "None",
         "admissionReviewVersions": ["v1"],
     }
     kind = {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration"}
-    faulty_cluster.apply([{**kind, "metadata": {"name": faulty_namespace}, "webhooks": [webhook]}])
-    run = ClusterRun(faulty_cluster, faulty_namespace)
+    cluster.apply([{**kind, "metadata": {"name": namespace}, "webhooks": [webhook]}])
+    run = ClusterRun(cluster, namespace)
     try:
         run.apply()
         told = run.await_status(lambda status: reasons(status)["Accepted"][1] == "ChildRejected", what="the refusal")
         pods = run.kubectl("get", "pods,pytorchjobs", "--output", "name")
     finally:
-        faulty_cluster.kubectl("delete", "validatingwebhookconfiguration", faulty_namespace)
+        cluster.kubectl("delete", "validatingwebhookconfiguration", namespace)
     message = message_of(told, "Accepted")
-    assert message.startswith(f"NetworkPolicy {run.name} was refused: Internal error occurred: failed calling webhook")
+    print(f"\n{message}")
+    assert re.fullmatch(f"NetworkPolicy {run.name} was refused: {words}", message)
     assert pods == ""
 
     run.await_running()

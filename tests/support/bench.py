@@ -67,7 +67,7 @@ class Bench:
             settings=self.settings,
             # Of their requests there are tests of their own: here they are neither counted nor made to fail.
             authority=Authority(FakeCluster(), self.settings.progress_server, read_authority=lambda: "an authority"),
-            queues=QueueSetup(self.cluster, monotonic=self._monotonic),
+            queues=QueueSetup(self.port, monotonic=self._monotonic),
             clock=self.clock,
         )
         self._seen: dict[Kind, int] = {}

@@ -18,6 +18,7 @@ from posttrain.contract.environment import ROLLOUT_KEY
 from posttrain_workloads.rollout_errors import RolloutError, ServerLost
 
 CONNECT_SECONDS = 10.0
+_CONNECT_TRIES = 3
 ANSWER_SECONDS = 60.0
 """For a request that a healthy server answers at once."""
 ROLLOUT_SECONDS = 3600.0
@@ -32,8 +33,10 @@ class RolloutServer(VLLMClient):  # type: ignore[misc]
         # Not the inherited one: it waits without limit for a server that takes connections and does not answer.
         self.base_url = url
         self.session = requests.Session()
-        # A request that never reached the server is repeated, and no other.
-        self.session.mount("http://", HTTPAdapter(max_retries=Retry(total=0, connect=2, backoff_factor=0.5)))
+        # What found no connection is tried again at once and after a second; what reached the server is not. `total`
+        # would count before `connect`, and read=0 would turn a GET's ReadTimeout into a ConnectionError.
+        retry = Retry(total=None, connect=_CONNECT_TRIES - 1, read=False, other=0, backoff_factor=0.5)
+        self.session.mount("http://", HTTPAdapter(max_retries=retry))
         if key := os.environ.get(ROLLOUT_KEY):
             self.session.headers["Authorization"] = f"Bearer {key}"
 
@@ -80,8 +83,9 @@ class RolloutServer(VLLMClient):  # type: ignore[misc]
             )
         except requests.exceptions.ConnectTimeout as error:
             raise ServerLost(
-                f"the rollout server {self.base_url} took no connection within {CONNECT_SECONDS:g} s ({asked}): its "
-                "node or the network to it is gone, or a NetworkPolicy keeps the trainer out"
+                f"the rollout server {self.base_url} took no connection in {_CONNECT_TRIES} tries of "
+                f"{CONNECT_SECONDS:g} s ({asked}): its node or the network to it is gone, or a "
+                "NetworkPolicy keeps the trainer out"
             ) from error
         except requests.exceptions.ReadTimeout as error:
             raise ServerLost(

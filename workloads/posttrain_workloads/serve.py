@@ -25,6 +25,9 @@ from posttrain_workloads.rollout_plugin import GLOO
 from posttrain_workloads.serve_nodes import Place, serve_together
 
 _VLLM = ("-m", "vllm.entrypoints.cli.main", "serve")
+_KEEP_ALIVE_SECONDS = 7200
+"""How long a connection may be idle while the trainer trains; vLLM would close it after 5 s, and what is sent at that
+moment is lost."""
 
 
 def main() -> None:
@@ -33,10 +36,7 @@ def main() -> None:
     host, _, port = os.environ[environment.LISTEN].rpartition(":")
     folder = model_folder(config, environ=os.environ)
     options = serve_options(config, folder=folder, environ=os.environ)
-    # The paths by which weights are handed over exist in this mode alone.
-    environ = {**vllm_environment(config), **os.environ, "VLLM_SERVER_DEV_MODE": "1"}
-    if config.gang.gpus_per_node == 0:
-        environ["CUDA_VISIBLE_DEVICES"] = ""  # a container without a GPU may still see the node's
+    environ = serve_environment(config, environ=os.environ)
     argv = [sys.executable, *_VLLM, str(folder), "--host", host, "--port", port, *options]
     servers = config.spec.rollout_servers
     assert servers is not None
@@ -49,6 +49,19 @@ def main() -> None:
     )
     key = environ[environment.ROLLOUT_KEY]
     sys.exit(serve_together(argv, place=place, listen=(host, int(port)), key=key, environ=environ))
+
+
+def serve_environment(config: TrainingConfig, *, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of vLLM: the container's, and where it has none, ours."""
+    variables = {
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(_KEEP_ALIVE_SECONDS),
+        **vllm_environment(config),
+        **environ,
+        "VLLM_SERVER_DEV_MODE": "1",  # the paths by which weights are handed over exist in this mode alone
+    }
+    if config.gang.gpus_per_node == 0:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # a container without a GPU may still see the node's
+    return variables
 
 
 def serve_options(config: TrainingConfig, *, folder: Path, environ: Mapping[str, str]) -> list[str]:

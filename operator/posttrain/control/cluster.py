@@ -37,6 +37,8 @@ from posttrain.control.port import (
 from posttrain.plan.types import Manifest
 
 REQUEST_SECONDS = 15.0
+_ANSWER_SECONDS = 12
+"""Within which the API server is to answer: else it says so (504), also where a webhook has longer to answer itself."""
 _CONNECT_SECONDS = 5.0
 _WATCH_SECONDS = 290
 """After which the server ends a watch by itself; the next one goes on from the last version."""
@@ -236,8 +238,9 @@ class KubeCluster:
         creates: bool = False,
     ) -> Manifest:
         timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=_CONNECT_SECONDS)
+        limited = {**(query or {}), "timeout": f"{_ANSWER_SECONDS}s"}
         response = await self._open(
-            method, path, query=query, body=body, content_type=content_type, creates=creates, timeout=timeout
+            method, path, query=limited, body=body, content_type=content_type, creates=creates, timeout=timeout
         )
         try:
             answer: Manifest = orjson.loads(await response.read())

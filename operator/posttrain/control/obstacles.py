@@ -24,6 +24,8 @@ from posttrain.plan.types import ObjectRef
 
 T = TypeVar("T")
 
+READ = "read"
+"""The verb of a request that changes nothing."""
 _FAILING = timedelta(seconds=5)
 """A webhook that is being restarted is away for as long."""
 
@@ -47,13 +49,15 @@ class Obstacles:
     rejected: dict[ObjectRef, str] = field(default_factory=dict)
     failing: dict[tuple[str, ObjectRef], datetime] = field(default_factory=dict)
     """Since when the server fails at a request, by its verb and what it is about."""
+    unread: dict[ObjectRef, str] = field(default_factory=dict)
+    """What a run refers to and the server does not show."""
     vain: set[tuple[str, ObjectRef]] = field(default_factory=set)
     """The requests that are not worth another try yet."""
 
     @property
     def refs(self) -> frozenset[ObjectRef]:
-        """The children that something keeps."""
-        return frozenset(self.foreign | self.rejected.keys())
+        """The children that something keeps, and what they wait for."""
+        return frozenset(self.foreign | self.rejected.keys() | self.unread.keys())
 
     async def ask(
         self, verb: str, request: Awaitable[T], *, about: ObjectRef, run: TrainingRun, now: datetime
@@ -81,8 +85,17 @@ class Obstacles:
         return answer
 
     def _note(self, verb: str, about: ObjectRef, error: ClusterError) -> None:
-        self.rejected[about] = str(error)
+        (self.unread if verb == READ else self.rejected)[about] = str(error)
         self.vain.add((verb, about))
+
+
+async def unless_it_fails(request: Awaitable[T], *, what: str) -> T | None:
+    """Return the answer to a request that a run can do without; None where the server refuses it, or fails at it."""
+    try:
+        return await request
+    except (Rejected, InternalError) as error:
+        log.warning("done without", what=what, error=str(error))
+        return None
 
 
 def _tells_of_refusal(run: TrainingRun) -> bool:

@@ -7,9 +7,9 @@ is the plan's. What is kept in memory, objects that stand in the way, is found a
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import structlog
@@ -27,14 +27,16 @@ from posttrain.control.kinds import (
     JOB,
     POD,
     PYTORCHJOB,
+    RESOURCE_FLAVOR,
     SECRET,
     STATEFUL_SET,
     TRAINING_RUN,
     WORKLOAD,
+    WORKLOAD_PRIORITY_CLASS,
     Kind,
 )
 from posttrain.control.observe import Belongings, is_of_run, sort_belongings
-from posttrain.control.obstacles import Obstacles, Postponed
+from posttrain.control.obstacles import READ, Obstacles, Postponed, unless_it_fails
 from posttrain.control.port import (
     MANAGER,
     AlreadyExists,
@@ -57,6 +59,8 @@ from posttrain.plan.training_run import plan_training_run
 from posttrain.plan.types import Event, Manifest, ObjectRef, Observed, Plan, StatusPatch
 from posttrain.plan.unreadable import status_of_unreadable
 from posttrain.settings import Settings
+
+T = TypeVar("T")
 
 _ROUNDS = 5
 """How often a run is looked at anew at once because something had changed; then the queue's backoff counts."""
@@ -125,11 +129,11 @@ class Reconciler:
         try:
             run = _parse(manifest)
         except InvalidResource as error:
-            await self._refuse(manifest, error.problems)
+            await self._refuse(manifest, error.problems, belongings)
             return None
         obstacles = self._known_obstacles(run_key)
-        known = obstacles.refs
         observed = await self._observe(run, belongings, obstacles)
+        known = obstacles.refs
         plan = plan_training_run(run, observed, now=self._clock(), settings=self._settings)
         if plan.delete_run:
             await self._cluster.delete(key, uid=manifest["metadata"]["uid"])
@@ -152,6 +156,10 @@ class Reconciler:
     # --- Observing ---------------------------------------------------------------------------------------------------
 
     async def _observe(self, run: TrainingRun, belongings: Belongings, obstacles: Obstacles) -> Observed:
+        needed, classes = _flavors_of(run, belongings), _priority_classes_of(run)
+        config_maps = await self._own_code(run, belongings, obstacles)
+        flavors = await self._queue_setup(RESOURCE_FLAVOR, needed, self._queues.flavors, run, obstacles)
+        priorities = await self._queue_setup(WORKLOAD_PRIORITY_CLASS, classes, self._queues.priorities, run, obstacles)
         return Observed(
             objects=belongings.objects,
             pods=belongings.pods,
@@ -159,16 +167,40 @@ class Reconciler:
             foreign=belongings.foreign | obstacles.foreign,
             predecessors=belongings.predecessors,
             rejected=obstacles.rejected,
-            config_maps=await self._own_code(run, belongings),
+            unread=obstacles.unread,
+            config_maps=config_maps,
             runs=self._referenced_runs(run),
             referrers=self._live_referrers(run),
             creation_events=await read_creation_events(self._cluster, run, belongings, now=self._clock()),
             pod_events=await read_pod_events(self._cluster, run, belongings, now=self._clock()),
             server_key=secrets.token_urlsafe(32),
             kueue=self._cache.is_served(WORKLOAD),
-            flavors=await self._queues.flavors(_flavors_of(run, belongings)),
-            priorities=await self._queues.priorities(_priority_classes_of(run)),
+            flavors=flavors,
+            priorities=priorities,
         )
+
+    async def _queue_setup(
+        self,
+        kind: Kind,
+        needed: tuple[str, ...],
+        read: Callable[[tuple[str, ...]], Awaitable[dict[str, T]]],
+        run: TrainingRun,
+        obstacles: Obstacles,
+    ) -> dict[str, T]:
+        """Return what Kueue's administrators set up; a gang that was made can do without."""
+        if not needed:
+            return {}
+        if run.status.attempt_created_time is not None:
+            return await unless_it_fails(read(needed), what=f"{kind[1]} {needed[0]}") or {}
+        return await self._read(lambda: read(needed), ObjectRef(*kind, needed[0]), run, obstacles) or {}
+
+    async def _read(
+        self, read: Callable[[], Awaitable[T]], about: ObjectRef, run: TrainingRun, obstacles: Obstacles
+    ) -> T | None:
+        """Return the answer to a request that a plan cannot do without; None where there is an obstacle."""
+        if (READ, about) in obstacles.vain:
+            return None
+        return await obstacles.ask(READ, read(), about=about, run=run, now=self._clock())
 
     def _referenced_runs(self, run: TrainingRun) -> dict[str, Manifest]:
         reference = run.spec.model.run_ref
@@ -182,16 +214,19 @@ class Reconciler:
         found = ((name, self._cache.get(ObjectKey(*TRAINING_RUN, namespace, name))) for namespace, name in keys)
         return tuple(name for name, other in found if other is not None and not has_ended(other))
 
-    async def _own_code(self, run: TrainingRun, belongings: Belongings) -> dict[str, dict[str, str]]:
+    async def _own_code(
+        self, run: TrainingRun, belongings: Belongings, obstacles: Obstacles
+    ) -> dict[str, dict[str, str]]:
         """Return the data of the ConfigMap that the spec names, until the run has a snapshot of it."""
         code = run.spec.code
         if code is None or code.config_map_name is None or _code_ref(run) in belongings.objects:
             return {}
+        key = ObjectKey(*CONFIG_MAP, run.metadata.namespace, code.config_map_name)
         try:
-            found = await self._cluster.get(ObjectKey(*CONFIG_MAP, run.metadata.namespace, code.config_map_name))
+            found = await self._read(lambda: self._cluster.get(key), key.ref, run, obstacles)
         except NotFound:
             return {}
-        return {code.config_map_name: dict(found.get("data") or {})}
+        return {key.name: dict(found.get("data") or {})} if found is not None else {}
 
     def _known_obstacles(self, run_key: RunKey) -> Obstacles:
         now, known = self._clock(), self._obstacles.get(run_key)
@@ -217,8 +252,7 @@ class Reconciler:
             ref = ObjectRef.of(wanted)
             observed = belongings.objects.get(ref)
             if observed is not None:
-                # One that cannot be mended is there all the same: a ConfigMap that an operator with other settings made
-                # for this attempt is what the attempt was begun with.
+                # One that cannot be mended is there all the same.
                 if has_drifted(observed, wanted=wanted):
                     await self._repair(observed, wanted, run, obstacles)
             elif lacking and _kind_of(wanted) in _MAKES_PODS:
@@ -271,7 +305,9 @@ class Reconciler:
         # Nobody else's bears a Secret's name, and the operator may not look at one.
         unseen = _kind_of(wanted) == SECRET
         if _kind_of(wanted) == PYTORCHJOB:
-            await self._require_no_gang(run)
+            required = self._require_no_gang(run)
+            if not await obstacles.ask("list", required, about=ref, run=run, now=self._clock()):
+                return
         try:
             creation = self._cluster.create(wanted)
             made = await obstacles.ask("create", creation, about=ref, run=run, now=self._clock())
@@ -306,7 +342,7 @@ class Reconciler:
                 return
         raise _Changed(f"{key.kind} {key.name} is there already")
 
-    async def _require_no_gang(self, run: TrainingRun) -> None:
+    async def _require_no_gang(self, run: TrainingRun) -> bool:
         """See for certain that no pod of another gang lives: two gangs must never write to one storage.
 
         Nor one of the same attempt: its job may have been made by a request that got no answer, and deleted since.
@@ -321,6 +357,7 @@ class Reconciler:
         live = [pod["metadata"]["name"] for pod in found.items if is_live(pod, now=self._clock())]
         if live:
             raise _Changed(f"pods of another gang live: {', '.join(live)}")
+        return True
 
     async def _repair(self, observed: Manifest, wanted: Manifest, run: TrainingRun, obstacles: Obstacles) -> None:
         key = ObjectKey.of(wanted)
@@ -342,8 +379,10 @@ class Reconciler:
         status = plan.status.model_dump(mode="json", by_alias=True, exclude_none=True)
         await self._tell(await self._write_status(manifest, status), plan.events)
 
-    async def _refuse(self, manifest: Manifest, problems: tuple[Problem, ...]) -> None:
-        status = status_of_unreadable(manifest, problems, now=self._clock())
+    async def _refuse(self, manifest: Manifest, problems: tuple[Problem, ...], belongings: Belongings) -> None:
+        status = status_of_unreadable(manifest, problems, objects=belongings.objects, now=self._clock())
+        if status is None:
+            return
         told = status.model_dump(mode="json", by_alias=True, exclude_none=True)
         # What cannot be read today stays too: attempts and counters are facts, and nobody could tell them again.
         await self._write_status(manifest, {**(manifest.get("status") or {}), **told})

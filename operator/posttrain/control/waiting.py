@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from posttrain.api.training_run import TrainingRun
 from posttrain.control.kinds import EVENT
 from posttrain.control.observe import Belongings
+from posttrain.control.obstacles import unless_it_fails
 from posttrain.control.port import Cluster
 from posttrain.plan import labels
 from posttrain.plan.manifests import (
@@ -39,7 +40,7 @@ async def read_creation_events(
     maker = _maker_without_pods(run, belongings)
     if maker is None or now - _created(maker) < PATIENCE:
         return ()
-    return await _read_events(cluster, maker, namespace=run.metadata.namespace)
+    return await _read_events(cluster, maker, namespace=run.metadata.namespace) or ()
 
 
 async def read_pod_events(
@@ -49,7 +50,10 @@ async def read_pod_events(
     late = [pod for pod in _pods_being_set_up(run, belongings) if now - _bound(pod) >= PATIENCE]
     found: list[Manifest] = []
     for pod in sorted(late, key=_bound)[:_EXPLAINED_PODS]:
-        found += await _read_events(cluster, pod, namespace=run.metadata.namespace)
+        told = await _read_events(cluster, pod, namespace=run.metadata.namespace)
+        if told is None:
+            break
+        found += told
     return tuple(found)
 
 
@@ -58,9 +62,12 @@ def needs_events(run: TrainingRun, belongings: Belongings) -> bool:
     return _maker_without_pods(run, belongings) is not None or bool(_pods_being_set_up(run, belongings))
 
 
-async def _read_events(cluster: Cluster, about: Manifest, *, namespace: str) -> tuple[Manifest, ...]:
+async def _read_events(cluster: Cluster, about: Manifest, *, namespace: str) -> tuple[Manifest, ...] | None:
+    """Return the events of an object; None where they cannot be read: they explain, and nothing is decided by them."""
     selector = f"involvedObject.uid={about['metadata']['uid']}"
-    return tuple((await cluster.list(*EVENT, namespace=namespace, field_selector=selector)).items)
+    request = cluster.list(*EVENT, namespace=namespace, field_selector=selector)
+    found = await unless_it_fails(request, what=f"events of {about['kind']} {namespace}/{about['metadata']['name']}")
+    return tuple(found.items) if found is not None else None
 
 
 def _pods_being_set_up(run: TrainingRun, belongings: Belongings) -> list[Manifest]:

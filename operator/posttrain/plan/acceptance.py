@@ -14,22 +14,23 @@ from posttrain.plan.status import Says, Verdict
 from posttrain.plan.verdicts import refuse
 
 
-def spec_invalid(situation: Situation) -> Verdict | None:
-    """The spec asks for something that cannot be: nothing is made until it is changed."""
-    if not situation.problems:
-        return None
-    return refuse(situation, "InvalidSpec", "\n".join(str(problem) for problem in situation.problems))
-
-
 def explain_obstacle(situation: Situation) -> Says | None:
     """Return what keeps children from being made as they are wanted, whatever the run does."""
     return (
-        explain_predecessors(situation)
+        _explain_problems(situation)
+        or explain_predecessors(situation)
         or _explain_change(situation)
         or _explain_conflict(situation)
         or _explain_refusal(situation)
         or _explain_lost_code(situation)
     )
+
+
+def _explain_problems(situation: Situation) -> Says | None:
+    """The spec asks for something that cannot be, or that this operator, other than an earlier one, does not take."""
+    if not situation.problems:
+        return None
+    return Says("False", "InvalidSpec", "\n".join(str(problem) for problem in situation.problems))
 
 
 def _explain_change(situation: Situation) -> Says | None:
@@ -65,12 +66,11 @@ def _explain_conflict(situation: Situation) -> Says | None:
 
 
 def _explain_refusal(situation: Situation) -> Says | None:
-    """The API server, a webhook or a quota refuses an object that the run needs."""
-    rejected = situation.observed.rejected
-    if not rejected:
-        return None
-    message = "\n".join(f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in sorted(rejected))
-    return Says("False", "ChildRejected", message)
+    """The API server, a webhook or a quota refuses an object that the run needs, or does not show it."""
+    rejected, unread = situation.observed.rejected, situation.observed.unread
+    told = [f"{ref.kind} {ref.name} was refused: {rejected[ref]}" for ref in sorted(rejected)]
+    told += [f"{ref.kind} {ref.name} cannot be read: {unread[ref]}" for ref in sorted(unread)]
+    return Says("False", "ChildRejected", "\n".join(told)) if told else None
 
 
 def _explain_lost_code(situation: Situation) -> Says | None:

@@ -1,6 +1,7 @@
 """Which objects a run consists of at each point: the ones of the run, of prepare, of one attempt.
 
-It owns the sets and their order; it must not decide when they are wanted.
+It owns the sets and their order; it must not decide when they are wanted. Of an attempt whose spec is refused nothing
+is built: what it asks for cannot be read.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ CLAIM = "v1", "PersistentVolumeClaim"
 
 def run_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return what a run has from its acceptance to its end, in apply order."""
+    if situation.problems:
+        return ()
     run = situation.run
     children = []
     if run.spec.access.service_account_name is None:
@@ -79,7 +82,14 @@ def prepare_refs(situation: Situation) -> tuple[ObjectRef, ...]:
 
 
 def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
-    """Return the ConfigMap and the PyTorchJob of the current attempt."""
+    """Return the ConfigMap and the PyTorchJob of the current attempt: of one that is begun the job, as that keeps it.
+
+    Other settings than those it was begun with are for the next attempt.
+    """
+    if situation.problems:
+        return ()
+    if situation.is_begun:
+        return _kept_job(situation)
     spec, attempt = situation.spec, situation.attempt
     zero = spec.parallelism.strategy in STAGES
     config_name = names.attempt_name(situation.name, attempt=attempt)
@@ -97,12 +107,24 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
 
 def service_children(situation: Situation) -> tuple[Manifest, ...]:
     """Return what a gang waits for until it serves: the run's sandbox and its rollout servers."""
+    if situation.problems:
+        return ()
     return *_sandbox_children(situation), *_server_children(situation)
 
 
 def service_refs(situation: Situation) -> tuple[ObjectRef, ...]:
     """Return the references to what of them goes when no gang is to be there: what holds nothing stays."""
     return sandbox_ref(situation.name), *_server_refs(situation)
+
+
+def waiting_refs(situation: Situation) -> tuple[ObjectRef, ...]:
+    """Return the references to what goes while an attempt may not have its gang: what serves one, and how it was begun.
+
+    The next reservation may be in other flavors, hence on other nodes, and of a spec that was changed meanwhile.
+    """
+    config = situation.attempt_config
+    begun = (ObjectRef.of(config),) if config is not None and situation.is_begun else ()
+    return *begun, *service_refs(situation)
 
 
 def _sandbox_children(situation: Situation) -> tuple[Manifest, ...]:
@@ -121,12 +143,16 @@ def _sandbox_parts(situation: Situation) -> tuple[Manifest, ...]:
 
 def frozen_job(situation: Situation) -> tuple[Manifest, ...]:
     """Return the current attempt's job as it was made; empty where it is not there, or what it was is not known."""
-    name = names.attempt_name(situation.name, attempt=situation.attempt)
-    config_map = situation.observed.objects.get(ObjectRef(*CONFIG_MAP, name))
-    text = (config_map.get("data") or {}).get(JOB_FILE) if config_map is not None else None
-    if situation.job is None or is_being_deleted(situation.job) or text is None:
+    if situation.job is None or is_being_deleted(situation.job):
         return ()
-    return (json.loads(text),)
+    return _kept_job(situation)
+
+
+def _kept_job(situation: Situation) -> tuple[Manifest, ...]:
+    """Return the job in the attempt's ConfigMap; none where that is about to go, or was not made by an operator."""
+    config = situation.attempt_config
+    text = (config.get("data") or {}).get(JOB_FILE) if config is not None and not is_being_deleted(config) else None
+    return (json.loads(text),) if text is not None else ()
 
 
 def build_run_workload(situation: Situation, *, ask: Ask) -> Manifest:

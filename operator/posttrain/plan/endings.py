@@ -9,7 +9,7 @@ from posttrain.api.reasons import REASONS
 from posttrain.api.training_run_status import ModelStatus
 from posttrain.plan.acceptance import explain_obstacle
 from posttrain.plan.attempts import NON_FINITE, completed_result, find_cause, settling_until
-from posttrain.plan.children import service_refs
+from posttrain.plan.children import waiting_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.quota import withdraw
 from posttrain.plan.signal import find_loss
@@ -33,9 +33,9 @@ from posttrain.plan.verdicts import (
 
 
 def non_finite(situation: Situation) -> Verdict | None:
-    """A loss or gradient norm is not a number: no later step mends that."""
+    """A loss or gradient norm is not a number: no later step mends that, unless the user says otherwise."""
     progress = situation.attempt_progress
-    if progress is None or progress.non_finite is None:
+    if progress is None or progress.non_finite is None or situation.run.spec.restarts.on_non_finite == "Warn":
         return None
     found = progress.non_finite
     cause = build_cause(situation, NON_FINITE, f"{found.metric} was not finite at step {found.step}")
@@ -92,10 +92,10 @@ def suspended(situation: Situation) -> Verdict | None:
             changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
             deletes=(
                 *old_refs(situation),
-                *present_refs(situation, service_refs(situation)),
+                *present_refs(situation, waiting_refs(situation)),
                 *withdraw(situation),
             ),
-            deadlines=silences(situation),
+            deadlines=silences(situation, situation.trainer_pods),
         ),
     )
 

@@ -70,6 +70,8 @@ def awaiting_quota(situation: Situation) -> Verdict | None:
     if situation.has_quota:
         return _unusable_quota(situation)
     ask, workload = situation.ask, situation.workload
+    if situation.is_begun:
+        return go_on(situation)  # what was made for the reservation that is lost goes before there is another
     if ask is None:
         return go_on(situation, deletes=withdraw(situation))
     if not situation.observed.kueue:
@@ -78,6 +80,8 @@ def awaiting_quota(situation: Situation) -> Verdict | None:
         return go_on(situation, deletes=withdraw(situation))
     if workload is not None and (workload.reserved or workload.being_deleted):
         return go_on(situation, patches=release(situation))
+    if situation.problems:
+        return go_on(situation)
     missing = _missing_priority_class(situation)
     if missing is not None:
         return go_on(situation, waits=missing)
@@ -102,7 +106,7 @@ def _unusable_quota(situation: Situation) -> Verdict | None:
     missing = missing_flavors(workload, situation.observed.flavors)
     if not missing:
         return None
-    return go_on(
-        situation,
-        waits=Says("False", "FlavorMissing", f"quota is reserved; there is no ResourceFlavor {', '.join(missing)}"),
-    )
+    told = f"there is no ResourceFlavor {', '.join(missing)}"
+    if any(ref.kind == "ResourceFlavor" for ref in situation.observed.unread):
+        told = f"ResourceFlavor {', '.join(missing)} cannot be read"
+    return go_on(situation, waits=Says("False", "FlavorMissing", f"quota is reserved; {told}"))

@@ -85,9 +85,13 @@ class Situation:
 
     @cached_property
     def profile(self) -> Profile:
-        """The profile: as pinned, else (or where the spec has another one since) as the settings have it now."""
+        """The profile: as pinned, else (or where the spec has another one since) as the settings have it now.
+
+        A spec that names none of the settings' is refused: until it is mended, what is pinned stays.
+        """
         pinned, name = self.provenance, self.run.spec.resources.profile
-        if pinned.profile is not None and pinned.profile_name == name:
+        known = self.settings.profiles.get(name or self.settings.default_profile)
+        if pinned.profile is not None and (pinned.profile_name == name or known is None):
             return Profile.model_validate(pinned.profile)
         return self.settings.profiles[name or self.settings.default_profile]
 
@@ -143,6 +147,11 @@ class Situation:
     def job(self) -> Manifest | None:
         """The PyTorchJob of the current attempt."""
         return self.observed.objects.get(job_ref(self.name, attempt=self.attempt))
+
+    @property
+    def attempt_config(self) -> Manifest | None:
+        """The ConfigMap of the current attempt."""
+        return self.observed.objects.get(ObjectRef(*CONFIG_MAP, names.attempt_name(self.name, attempt=self.attempt)))
 
     @cached_property
     def trainer_pods(self) -> tuple[Manifest, ...]:
@@ -232,6 +241,11 @@ class Situation:
     def was_created(self) -> bool:
         """Whether the current attempt's job exists or has been seen."""
         return self.job is not None or self.status.attempt_created_time is not None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a job may still be made from the current attempt's ConfigMap: only that is there so far."""
+        return self.attempt_config is not None and not self.was_created
 
     @cached_property
     def old_children(self) -> tuple[ObjectRef, ...]:

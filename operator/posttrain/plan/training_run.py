@@ -8,11 +8,12 @@ not build an object's content, nor know how a PyTorchJob or a pod tells its stat
 left of the old attempt is deleted, and a later plan, which observes nothing of it any more, makes the new one. So a
 crash between any two writes neither loses nor repeats a count, and there are never two gangs.
 
-A live attempt is never rendered again: once its PyTorchJob is observed, plans want it as its ConfigMap keeps it, and
-leave the ConfigMap out of `objects` unless somebody deleted it. Prepare's are left out, too.
+An attempt is never rendered again: once its ConfigMap is observed, plans want its PyTorchJob as that keeps it, also the
+one that is yet to be made, and leave the ConfigMap out of `objects` unless somebody deleted it. Prepare's are left out,
+too.
 
-What keeps a child from being made keeps a run from beginning anything, and nothing from ending: what an attempt's
-checks find then is done all the same, and only what they would make is left out.
+What keeps a child from being made, a refused spec among it, keeps a run from beginning anything, and nothing from
+ending: what an attempt's checks find then is done all the same, and only what they would make is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from posttrain.plan.acceptance import (
     explain_obstacle,
     model_missing,
     servers_unprotected,
-    spec_invalid,
 )
 from posttrain.plan.children import (
     attempt_children,
@@ -158,14 +158,14 @@ def finished(situation: Situation) -> Verdict | None:
 
 
 def obstructed(situation: Situation) -> Verdict | None:
-    """A child cannot be made as it is wanted: nothing is made. What ends meanwhile ends, and what is to go goes."""
+    """No child can be made as the spec wants it: nothing is made. What ends meanwhile ends, and what is to go goes."""
     obstacle = explain_obstacle(situation)
     if obstacle is None:
         return None
     stalled = obstacle.reason != "PredecessorEnding" or is_stuck(situation)
     silences = predecessors_silences(situation)
     refusal = replace(refuse(situation, obstacle.reason, obstacle.message), stalled=stalled, deadlines=silences)
-    if situation.status.provenance is None:
+    if situation.status.provenance is None or (situation.problems and not situation.attempt):
         return refusal
     verdict = _find(situation, _ATTEMPT_CHECKS if situation.attempt else _PREPARE_CHECKS)
     if verdict is None:
@@ -185,7 +185,7 @@ def cleaning_up(situation: Situation) -> Verdict | None:
     return go_on(
         situation,
         message=f"attempt {situation.attempt} waits for the end of the one before (live pods: {len(live)})",
-        deadlines=silences(situation),
+        deadlines=silences(situation, situation.trainer_pods),
     )
 
 
@@ -245,8 +245,7 @@ _ATTEMPT_CHECKS: tuple[Check, ...] = (
 
 _CHECKS: tuple[Check, ...] = (
     finished,  # terminal stays terminal
-    spec_invalid,  # the user asked for something that cannot be
-    obstructed,  # a child cannot be made as it is wanted
+    obstructed,  # the spec is refused, or a child cannot be made as it is wanted
     code_missing,  # a reference does not resolve yet
     model_missing,  # the run whose model it starts from has not ended well yet
     servers_unprotected,  # others could hand weights over to its servers

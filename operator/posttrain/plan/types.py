@@ -76,6 +76,8 @@ class Observed:
     """Children and pods that an earlier run of the same name has left."""
     rejected: Mapping[ObjectRef, str] = field(default_factory=dict)
     """Children that the API server refused to take, with its words."""
+    unread: Mapping[ObjectRef, str] = field(default_factory=dict)
+    """What the run refers to and the API server does not show, with its words: whether it is there is not known."""
     config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Data of ConfigMaps that the spec refers to (own code)."""
     runs: Mapping[str, Manifest] = field(default_factory=dict)

@@ -13,8 +13,15 @@ from posttrain.api.methods import table_of
 from posttrain.api.reasons import REASONS, advice_for
 from posttrain.api.training_run_status import FailureStatus, HoldStatus, ProvenanceStatus, RestartsStatus, Stage
 from posttrain.plan.attempts import Budget, Cause
-from posttrain.plan.children import attempt_children, frozen_job, run_children, service_children, service_refs
-from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
+from posttrain.plan.children import (
+    attempt_children,
+    frozen_job,
+    run_children,
+    service_children,
+    service_refs,
+    waiting_refs,
+)
+from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
 from posttrain.plan.objects import code_hash
@@ -62,7 +69,8 @@ def pin_spec(situation: Situation) -> ProvenanceStatus:
     """Return the provenance with what a run is accepted with; what is pinned already stays, but for another profile."""
     provenance = situation.provenance
     asked_for = situation.run.spec.resources.profile
-    if provenance.profile is not None and provenance.profile_name != asked_for and not situation.was_created:
+    changed = provenance.profile is not None and provenance.profile_name != asked_for
+    if changed and not situation.was_created and not situation.problems:
         provenance = pin_profile(situation)
     if provenance.config_hash is not None:
         return provenance
@@ -84,8 +92,10 @@ def pin_profile(situation: Situation) -> ProvenanceStatus:
     return situation.provenance.model_copy(update=changes)
 
 
-def say_prepared(situation: Situation) -> Says:
-    """Return what `Prepared` says once attempts begin."""
+def say_prepared(situation: Situation) -> Says | None:
+    """Return what `Prepared` says once attempts begin; None where nothing can be told from a spec that is refused."""
+    if situation.problems:
+        return None
     return Says("True", "Prepared" if is_needed(situation) else "PrepareDisabled")
 
 
@@ -146,11 +156,12 @@ def go_on(
     message = message or f"attempt {situation.attempt}: {told}"
     # Like the gang, what serves it holds nothing while there is no quota.
     services = () if situation.awaits_quota else service_children(situation)
-    spare = present_refs(situation, service_refs(situation)) if situation.awaits_quota else ()
+    spare = present_refs(situation, waiting_refs(situation)) if situation.awaits_quota else ()
     times = (
         active_deadline(situation),
         pending_deadline(situation),
         stall_deadline(situation),
+        *silences(situation, situation.server_pods),
         *deadlines,
     )
     return accept(
@@ -273,10 +284,10 @@ def _failure(situation: Situation, cause: Cause) -> FailureStatus:
 
 
 def stop_non_finite(situation: Situation, cause: Cause) -> Verdict:
-    """Return the verdict on a loss that was not finite: the user chose between the end and a suspension."""
-    if situation.run.spec.restarts.on_non_finite == "Fail":
-        return fail(situation, cause)
-    return hold(situation, cause, field="spec.restarts.onNonFinite")
+    """Return the verdict on a loss that was not finite, and ended its gang: also where the next would go on (Warn)."""
+    if situation.run.spec.restarts.on_non_finite == "Suspend":
+        return hold(situation, cause, field="spec.restarts.onNonFinite")
+    return fail(situation, cause)
 
 
 def hold(situation: Situation, cause: Cause, *, field: str, kept: bool = False) -> Verdict:
@@ -310,7 +321,7 @@ def finish(
     situation: Situation,
     *,
     succeeded: Says,
-    prepared: Says,
+    prepared: Says | None,
     kept: bool = False,
     changes: dict[str, Any],
 ) -> Verdict:

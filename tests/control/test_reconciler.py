@@ -1491,6 +1491,18 @@ def test_a_gang_that_ends_while_the_spec_cannot_be_read_is_told_so_and_judged_la
     assert bench.says("Succeeded") == ("True", "Completed")
 
 
+def test_a_run_whose_spec_cannot_be_read_keeps_every_condition() -> None:
+    bench = Bench()
+    bench.submit(sft=None, grpo={"rewards": [{"name": "format"}], "args": {"max_steps": 20}})
+    run_gang(bench)
+    assert bench.says("SignalHealthy") == ("True", "SignalHealthy")
+    bench.others.change_run(colour="blue")
+    bench.settle()
+
+    assert bench.says("Accepted") == ("False", "InvalidSpec")
+    assert bench.says("SignalHealthy") == ("True", "SignalHealthy")
+
+
 def test_a_run_that_ended_stays_so_when_its_spec_cannot_be_read_any_more() -> None:
     bench = Bench()
     bench.submit()

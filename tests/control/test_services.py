@@ -109,6 +109,45 @@ def test_a_server_of_several_nodes_answers_when_all_of_them_do() -> None:
     assert addresses == "http://demo-server-0.demo-server:8000,http://demo-server-2.demo-server:8000"
 
 
+def test_a_node_that_waits_for_another_one_ends_with_nobodys_fault() -> None:
+    bench = Bench()
+    rollout = {"mode": "Server", "server": {"nodesPerReplica": 2, "gpusPerNode": 0}}
+    bench.submit(sft=None, grpo={**SERVED["grpo"], "rewards": [{"name": "format"}], "rollout": rollout})
+    bench.settle()
+    bench.others.make_server_pods()
+    unscheduled = {"type": "PodScheduled", "status": "False", "message": "0/4 nodes are available"}
+    bench.others.set_pod_status("demo-server-1", phase="Pending", conditions=[unscheduled])
+    set_ended(bench, restarts=5, index=0, code=ExitCode.TERMINATED, said="node 0 of 2 ends: it was asked to")
+
+    assert bench.says("ServerReady") == ("False", "Unschedulable")
+    assert "demo-server-1: 0/4 nodes are available" in bench.condition("ServerReady").message
+    assert bench.says("Succeeded") == ("False", "InProgress")
+
+    set_ended(bench, restarts=5)
+    assert bench.says("Succeeded") == ("False", "CrashLooping")
+
+
+def test_a_server_on_a_node_that_is_lost_is_told_of_with_what_brings_it_back() -> None:
+    bench = Bench()
+    submit(bench)
+    sandbox_serves(bench)
+    servers_answer(bench)
+    bench.others.silence("demo-server-1", container="vllm")
+    bench.settle()
+    assert bench.says("ServerReady") == ("Unknown", "NodeUnreachable")
+    assert bench.condition("ServerReady").message.endswith(
+        "does not answer: whether demo-server-1 still serves is not known"
+    )
+
+    bench.others.give_up("demo-server-1")
+    bench.settle()
+    bench.wait(121)
+    bench.settle()
+    told = bench.condition("ServerReady").message
+    assert told.startswith("pod demo-server-1 was deleted, and node")
+    assert told.endswith("or the pod by: kubectl delete pod demo-server-1 -n team --force")
+
+
 def test_a_server_that_never_answers_ends_the_run_also_while_the_sandbox_is_awaited() -> None:
     bench = Bench()
     submit(bench)

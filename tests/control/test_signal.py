@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.contract.facts import SignalLost, SignalRegained, Started
+from posttrain.contract.facts import NonFinite, SignalLost, SignalRegained, Started
 from posttrain.contract.result import Result
 from posttrain.control.kinds import PYTORCHJOB
 from tests.support.bench import Bench
@@ -61,8 +61,43 @@ def test_a_warning_changes_nothing_but_a_condition_and_is_told_once_and_when_it_
     assert bench.events() == [
         *quiet,
         f"RewardSignalDead: {SAID}; cut off",
-        "SignalHealthy: No check of spec.grpo.signal finds anything.",
+        "SignalHealthy: No check finds anything in what the run learns from.",
     ]
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_a_loss_that_is_no_number_may_be_a_warning_until_the_next_attempt(method: str) -> None:
+    bench = Bench()
+    grpo = {"sft": None, "grpo": signal()} if method == "grpo" else {}
+    bench.submit(restarts={"onNonFinite": "Warn"}, **grpo)
+    begin(bench, attempt=1)
+    assert bench.says("SignalHealthy") == ("True", "SignalHealthy")
+    quiet = bench.events()
+
+    bench.others.tell(NonFinite(metric="loss", step=7), attempt=1)
+    bench.settle()
+    assert bench.says("SignalHealthy") == ("False", "NonFiniteLoss")
+    assert (bench.status.stage, bench.status.attempt, bench.status.failure) == ("Training", 1, None)
+    assert bench.events() == [*quiet, "NonFiniteLoss: loss was not finite at step 7"]
+
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.wait(60)
+    begin(bench, attempt=2)
+    assert bench.says("SignalHealthy") == ("True", "SignalHealthy")
+
+
+def test_whoever_changes_his_mind_about_a_loss_that_was_no_number_is_heard_at_once() -> None:
+    bench = Bench()
+    bench.submit(restarts={"onNonFinite": "Warn"})
+    begin(bench, attempt=1)
+    bench.others.tell(NonFinite(metric="loss", step=7), attempt=1)
+    bench.settle()
+
+    bench.others.change_run(restarts={"onNonFinite": "Suspend"})
+    bench.settle()
+    assert (bench.status.stage, bench.status.attempt) == ("Suspended", 2)
+    assert "(spec.restarts.onNonFinite)" in bench.condition("Succeeded").message
 
 
 def test_a_suspension_ends_the_attempt_at_no_cost_until_the_checks_are_changed() -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from posttrain.api.conditions import TRAINING_RUN_CONDITIONS
+from posttrain.api.conditions import TRAINING_RUN_CONDITIONS, WATCHED_CONDITIONS
 from posttrain.contract.facts import CheckpointSaved, NonFinite, PrepareResult, Started
 from posttrain.contract.result import Result
 from posttrain.control.kinds import (
@@ -75,7 +75,7 @@ class Operator(RuleBasedStateMachine):
         gpus=st.sampled_from([0, 2]),
         prepare=st.sampled_from([False, False, False, True]),
         retain=st.sampled_from(["Always", "Never"]),
-        on_non_finite=st.sampled_from(["Fail", "Suspend"]),
+        on_non_finite=st.sampled_from(["Fail", "Suspend", "Warn"]),
         deadline=st.sampled_from([None, 5000]),
     )
     def a_user_applies_a_run(
@@ -95,6 +95,7 @@ class Operator(RuleBasedStateMachine):
             },
             **deadlines,
         )
+        self.conditions = WATCHED_CONDITIONS if on_non_finite == "Warn" else TRAINING_RUN_CONDITIONS
         self.nodes = nodes
         self.foreign: dict[ObjectKey, Manifest] = {}
         self.lagging: set[Kind] = set()
@@ -316,7 +317,7 @@ class Operator(RuleBasedStateMachine):
             self.the_end_stays_the_end(before, after)
             self.usage_grows(before, after)
             if after.keys() - {"progress"}:
-                assert [c["type"] for c in after["conditions"]] == list(TRAINING_RUN_CONDITIONS)
+                assert [c["type"] for c in after["conditions"]] == list(self.conditions)
 
     def attempts_are_counted_once(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         old, new = before.get("attempt") or 0, after.get("attempt") or 0

@@ -43,3 +43,16 @@ def test_a_volume_that_the_node_does_not_mount_is_told_of(run: ClusterRun, prepa
     assert "/nowhere is not a directory" in message_of(waiting, condition)
     run.patch({"pendingDeadlineSeconds": 1})
     assert reasons(run.await_stage("Failed"))["Succeeded"] == ("False", "PendingDeadlineExceeded")
+
+
+def test_an_image_that_the_node_cannot_pull_is_named(run: ClusterRun) -> None:
+    add_storage(run.cluster, run.namespace, "shared")
+    image = "127.0.0.1:9/trainer:none"
+    run.apply(**tiny(podOverrides={"image": image}, prepare={"enabled": False}, pendingDeadlineSeconds=600))
+
+    waiting = run.await_status(lambda s: reasons(s)["PodsReady"][1] == "ImagePullFailed", what="the image")
+
+    message = message_of(waiting, "PodsReady")
+    assert "pod demo-a1-" in message and image in message and "connection refused" in message
+    run.patch({"pendingDeadlineSeconds": 1})
+    assert reasons(run.await_stage("Failed"))["Succeeded"] == ("False", "PendingDeadlineExceeded")

@@ -172,10 +172,17 @@ class Controllers:
                 status = {"phase": "Running", "startTime": rfc3339(self._clock())}
                 self._cluster.put({**pod, "spec": {**pod["spec"], "nodeName": f"node-{node}"}, "status": status})
 
-    def silence(self, name: str, *, answers: bool = False) -> None:
+    def silence(self, name: str, *, answers: bool = False, container: str = "pytorch") -> None:
         """Let a running pod's kubelet tell nothing any more, as the node controller shows it, or answer again."""
         ready = {"type": "Ready", "status": "True" if answers else "False"}
-        self.set_pod_status(name, conditions=[ready], containerStatuses=[{"name": "pytorch", "ready": True}])
+        self.set_pod_status(name, conditions=[ready], containerStatuses=[{"name": container, "ready": True}])
+
+    def give_up(self, name: str) -> None:
+        """Ask for the deletion of a pod whose kubelet does not answer, as the cluster does after a while."""
+        pod = self.find(POD, name)
+        assert pod is not None, f"pod {name} is there"
+        deleted = {"deletionTimestamp": rfc3339(self._clock()), "deletionGracePeriodSeconds": 30}
+        self._cluster.put({**pod, "metadata": {**pod["metadata"], **deleted}})
 
     def set_pod_status(self, name: str, **status: Any) -> None:
         """Change parts of a pod's status."""

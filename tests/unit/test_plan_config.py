@@ -9,14 +9,15 @@ import pytest
 from posttrain.api.execution import Parallelism
 from posttrain.api.outputs import Checkpoints
 from posttrain.api.training_run import TrainingRunSpec
-from posttrain.contract.config import HubSource, MountedSource, config_hash
+from posttrain.contract.config import HubSource, MountedSource, TrainingConfig, config_hash
 from posttrain.plan.checks import find_spec_problems
 from posttrain.plan.deepspeed import build_deepspeed_config, find_deepspeed_problems
 from posttrain.plan.fsdp import build_fsdp_environment, find_fsdp_problems
 from posttrain.plan.quantities import parse_quantity
 from posttrain.plan.sources import resolve_source
+from posttrain.plan.training_run import preview_training_run
 from posttrain.settings import Settings
-from tests.support.builders import build_run
+from tests.support.builders import T0, build_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -220,6 +221,20 @@ def test_a_run_keeps_its_hash_when_an_operator_knows_more_fields() -> None:
 
     assert newer.to_data()["checkpoints"]["compress"] is False
     assert config_hash(newer) == config_hash(spec) != config_hash(changed)
+
+
+def test_an_older_image_reads_the_config_of_an_operator_that_knows_more_fields() -> None:
+    (config_map,) = (
+        manifest
+        for manifest in preview_training_run(build_run(parallelism={"strategy": "ZeRO2"}), now=T0, settings=Settings())
+        if manifest["metadata"]["name"] == "demo-a1" and manifest["kind"] == "ConfigMap"
+    )
+    config = TrainingConfig.from_json(config_map["data"]["config.json"])
+    newer = NewerSpec.model_validate(config.spec.to_data())
+
+    assert config.spec.parallelism.strategy == "ZeRO2"
+    assert config.model_copy(update={"spec": newer}).to_json() == config.to_json()
+    assert TrainingConfig.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,24 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(
     assert sorted(folder.name for folder in pod.storage.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_run_that_is_only_to_be_warned_of_such_a_loss_goes_on(
+    tmp_path: Path, trainer_python: Path, tiny_model: Path, rows: Path
+) -> None:
+    config = build_config(
+        model=tiny_model,
+        rows=rows,
+        args={"logging_steps": 1, "max_steps": 5},
+        code={"path": str(OWN_CODE)},
+        sft={"trainerClass": "faults:NanTrainer"},
+        restarts={"onNonFinite": "Warn"},
+    )
+    pod = build_pod(tmp_path, trainer_python, config, code=OWN_CODE)
+    assert pod.run() == 0, pod.log.read_text()[-6000:]
+    assert pod.last_step() == 5
+    assert [(body.metric, body.step) for body in pod.bodies("NonFinite")] == [("loss", 3)]
+    assert pod.log.read_text().count("loss was not finite at step 3, and the training goes on") == 1
+
+
 def test_an_adapter_is_saved_with_the_name_of_its_base(
     tmp_path: Path, trainer_python: Path, tiny_model: Path, rows: Path
 ) -> None:

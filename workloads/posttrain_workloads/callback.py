@@ -8,6 +8,7 @@ nothing that must stay free of torch may import it.
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from posttrain_workloads.arguments import checkpoint_steps
 from posttrain_workloads.checkpoints import CheckpointKeeper
 from posttrain_workloads.reporting import Reporter
 from posttrain_workloads.runtime import RankFailure, Runtime
+
+logger = logging.getLogger(__name__)
 
 _NEVER_NON_FINITE = ("loss", "grad_norm", "eval_loss")
 
@@ -94,6 +97,7 @@ class ContractCallback(TrainerCallback):  # type: ignore[misc]
         self._resumed_from = resumed_from
         self._versions = versions
         self._evaluating = False
+        self._met_non_finite = False
         self.trainer: Any = None
         """Set once it is built: it is built with its callbacks."""
         self.stopped = False
@@ -141,7 +145,7 @@ class ContractCallback(TrainerCallback):  # type: ignore[misc]
         self._keeper.check()
         stop, not_finite = self._agree(self._runtime.stop_requested(), self._watch.take(), device=args.device)
         if not_finite:
-            self._end_non_finite("loss", step=state.global_step)
+            self._meet_non_finite("loss", step=state.global_step)
         if stop and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True
@@ -181,11 +185,17 @@ class ContractCallback(TrainerCallback):  # type: ignore[misc]
             if name == "grad_norm" and args.fp16:
                 continue
             if name in numbers and not math.isfinite(numbers[name]):
-                self._end_non_finite(name, step=state.global_step)
+                self._meet_non_finite(name, step=state.global_step)
 
-    def _end_non_finite(self, metric: str, *, step: int) -> None:
-        self._tell(NonFinite(metric=metric, step=step))
-        raise RankFailure("NonFiniteLoss", f"{metric} was not finite at step {step}")
+    def _meet_non_finite(self, metric: str, *, step: int) -> None:
+        said = f"{metric} was not finite at step {step}"
+        if self._config.spec.restarts.on_non_finite != "Warn":
+            self._tell(NonFinite(metric=metric, step=step))
+            raise RankFailure("NonFiniteLoss", said)
+        if not self._met_non_finite:
+            self._met_non_finite = True
+            self._tell(NonFinite(metric=metric, step=step))
+            logger.warning("%s, and the training goes on (spec.restarts.onNonFinite)", said)
 
     # --- Evaluation --------------------------------------------------------------------------------------------------
 

@@ -122,7 +122,10 @@ def warn_of_unseen_weights(args: GRPOConfig | None, findings: Findings) -> None:
 
 
 def check_heads(config: TrainingConfig, findings: Findings, model: KnownModel) -> None:
-    """See that vLLM can split the model over the GPUs that it is to (vllm 0.31, config/model.py:1504)."""
+    """See that vLLM can split the model over the GPUs that it is to.
+
+    Source: vllm 0.31, config/model.py:1504, model_executor/models/llama.py:148, layers/linear.py.
+    """
     servers = config.spec.rollout_servers
     if servers is None:
         path, nodes = "spec.grpo.args.vllm_tensor_parallel_size", 1
@@ -131,17 +134,33 @@ def check_heads(config: TrainingConfig, findings: Findings, model: KnownModel) -
     else:
         path, nodes = "spec.grpo.rollout.server.tensorParallelSize", servers.nodes_per_replica
         size = config.spec.server_engine_size
-    heads = model.shape.get("text_config", model.shape).get("num_attention_heads")
-    if not isinstance(heads, int) or heads % size == 0:
+    shape = model.shape.get("text_config", model.shape)
+    parts = {
+        name: number
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        if isinstance(number := shape.get(name), int)
+    }
+    if any("expert" in name for name in shape):
+        parts.pop("intermediate_size", None)  # experts have a size of their own
+    if _splits(parts, size):
         return
-    fitting = [str(number) for number in range(nodes, size, nodes) if heads % number == 0]
+    fitting = [str(number) for number in range(nodes, size, nodes) if _splits(parts, number)]
     remedy = f"write {join_names(fitting, conjunction='or')}" if fitting else f"{nodes} nodes cannot share them"
+    told = join_names([f"{name} {number}" for name, number in parts.items()])
     findings.add(
         Problem(
             "ConfigInvalid",
-            f"{path}: vLLM splits the model's {heads} attention heads over {size} GPUs or processes, and each has to "
-            f"get as many: {remedy}",
+            f"{path}: vLLM splits the model ({told}) over {size} GPUs or processes, and each has to get as much: "
+            f"{remedy}",
         )
+    )
+
+
+def _splits(parts: Mapping[str, int], size: int) -> bool:
+    """Return whether each of so many gets as much; of key and value heads one may be on several."""
+    return all(
+        number % size == 0 or (name == "num_key_value_heads" and number < size and size % number == 0)
+        for name, number in parts.items()
     )
 
 

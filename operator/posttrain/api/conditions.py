@@ -39,8 +39,8 @@ TRAINING_RUN_CONDITIONS = (
 )
 """Every condition of a TrainingRun, in the order in which they are shown; all are present from the first plan."""
 
-GRPO_CONDITIONS = (*TRAINING_RUN_CONDITIONS, SIGNAL_HEALTHY)
-"""Those of a run that learns from rewards."""
+WATCHED_CONDITIONS = (*TRAINING_RUN_CONDITIONS, SIGNAL_HEALTHY)
+"""Those of a run that is told of what it learns from, and goes on."""
 
 MESSAGE_MAX_LENGTH = 2048
 

@@ -16,6 +16,7 @@ from posttrain.api.base import (
     JsonObject,
     ShortText,
 )
+from posttrain.api.signal import SignalPolicy
 
 
 class Prepare(ApiModel):
@@ -105,9 +106,11 @@ class Restarts(ApiModel):
         "Default: 3600.",
         examples=[3600],
     )
-    on_non_finite: Literal["Fail", "Suspend"] = Field(
+    on_non_finite: SignalPolicy = Field(
         default="Fail",
-        description="What follows a NaN or infinite loss. Default: Fail.",
+        description="What follows a NaN or infinite loss or gradient norm: the end (Fail), a suspension (Suspend), or "
+        "an event and the condition SignalHealthy while the run goes on (Warn, which counts from the next attempt on). "
+        "Default: Fail.",
         examples=["Fail"],
     )
     avoid_nodes: bool = Field(

@@ -38,7 +38,8 @@ _CATALOGUE = (
         message="The node of a pod does not answer.",
         advice="Nothing at first: the gang goes on if the node comes back. The cluster gives its pods up after five "
         "minutes (a toleration of node.kubernetes.io/unreachable in spec.podOverrides sets another time), and the "
-        "run restarts elsewhere.",
+        "run restarts elsewhere. A rollout server's pod bears its name for as long as it is listed: it comes back when "
+        "the node does, or when somebody who knows that it is off deletes the Node object, or the pod with --force.",
     ),
     Reason(name="NoServers", message="The run has no servers beside its gang."),
     Reason(name="ServersWanted", message="The rollout servers are made once there is quota for them."),
@@ -326,7 +327,7 @@ _CATALOGUE = (
         "to return.",
     ),
     # What a grpo run learns from
-    Reason(name="SignalHealthy", message="No check of spec.grpo.signal finds anything."),
+    Reason(name="SignalHealthy", message="No check finds anything in what the run learns from."),
     Reason(
         name="RewardSignalDead",
         message="Nearly every group of completions is rewarded alike: there is nothing to learn from.",

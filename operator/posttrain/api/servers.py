@@ -17,7 +17,7 @@ OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _LIKE_OPTION = re.compile(r"-(-|[A-Za-z])")
 
 _ADDRESS = "posttrain gives every server its address"
-_ONE_PROCESS = "a server answers at one address, by one process"
+_ONE_EACH = "vLLM starts one for each copy of the model"
 _TRUST = "posttrain makes a key, and says who may reach the servers"
 _MODEL = "it follows from spec.model"
 _COPIES = "write spec.grpo.rollout.server.dataParallelSize"
@@ -27,7 +27,7 @@ _PLAIN = "the weights that are handed over are not quantized"
 _HAND_OVER = "handing weights over depends on it"
 OWNED_OPTIONS = {
     "api-key": _TRUST,
-    "api-server-count": _ONE_PROCESS,
+    "api-server-count": _ONE_EACH,
     "code-revision": _MODEL,
     "config": "write its options here",
     "data-parallel-external-lb": _COPIES,

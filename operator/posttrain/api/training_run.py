@@ -314,6 +314,11 @@ class TrainingRunSpec(ApiModel):
         return "grpo" if self.sft is None else "sft"
 
     @property
+    def is_watched(self) -> bool:
+        """Whether something may be found in what it learns from that does not end it."""
+        return self.grpo is not None or self.restarts.on_non_finite == "Warn"
+
+    @property
     def training(self) -> Sft | Grpo:
         """What that field holds."""
         training = self.sft or self.grpo

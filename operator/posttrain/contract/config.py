@@ -90,8 +90,12 @@ class TrainingConfig(ContractModel):
     gpu_name: str | None = None
 
     def to_json(self) -> str:
-        """Return the text of config.json."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, sort_keys=True) + "\n"
+        """Return the text of config.json.
+
+        Of the spec it has what has not its default: an image that a run is pinned to may be older than a field.
+        """
+        data = {**self.model_dump(mode="json", by_alias=True), "spec": _given(self.spec)}
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> TrainingConfig:
@@ -114,9 +118,13 @@ def config_hash(spec: TrainingRunSpec) -> str:
     Fields that have their defaults do not count: a run that lives is accepted as it was by an operator that knows more
     fields. The spec's `args` must have been coerced (`posttrain.api.args.coerce_args`).
     """
-    data = _immutable(spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_immutable(_given(spec)), sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _given(spec: TrainingRunSpec) -> dict[str, Any]:
+    """Return as JSON data what of a spec has not its default."""
+    return spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
 
 
 def _immutable(data: dict[str, Any]) -> dict[str, Any]:

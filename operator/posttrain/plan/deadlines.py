@@ -5,12 +5,14 @@ It owns their arithmetic; it must not decide what follows when one has passed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from posttrain.plan import labels
 from posttrain.plan.manifests import is_live, last_alive, parse_time, pod_phase, pods_of_role, silent_from
 from posttrain.plan.prepare_job import prepare_ref
 from posttrain.plan.situation import Situation
+from posttrain.plan.types import Manifest
 
 
 def active_deadline(situation: Situation) -> datetime | None:
@@ -62,7 +64,7 @@ def stall_deadline(situation: Situation) -> datetime | None:
     return max(heard or running_since, running_since) + timedelta(seconds=seconds)
 
 
-def silences(situation: Situation) -> tuple[datetime, ...]:
-    """Return when pods that are being deleted count as gone, should nothing more be heard of their nodes."""
-    times = (silent_from(pod) for pod in situation.trainer_pods if is_live(pod, now=situation.now))
+def silences(situation: Situation, pods: Iterable[Manifest]) -> tuple[datetime, ...]:
+    """Return when those of them that are being deleted count as gone, should nothing more be heard of their nodes."""
+    times = (silent_from(pod) for pod in pods if is_live(pod, now=situation.now))
     return tuple(time for time in times if time is not None)

@@ -33,9 +33,9 @@ from posttrain.plan.verdicts import (
 
 
 def non_finite(situation: Situation) -> Verdict | None:
-    """A loss or gradient norm is not a number: no later step mends that."""
+    """A loss or gradient norm is not a number: no later step mends that, unless the user says otherwise."""
     progress = situation.attempt_progress
-    if progress is None or progress.non_finite is None:
+    if progress is None or progress.non_finite is None or situation.run.spec.restarts.on_non_finite == "Warn":
         return None
     found = progress.non_finite
     cause = build_cause(situation, NON_FINITE, f"{found.metric} was not finite at step {found.step}")
@@ -95,7 +95,7 @@ def suspended(situation: Situation) -> Verdict | None:
                 *present_refs(situation, waiting_refs(situation)),
                 *withdraw(situation),
             ),
-            deadlines=silences(situation),
+            deadlines=silences(situation, situation.trainer_pods),
         ),
     )
 

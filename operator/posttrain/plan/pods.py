@@ -91,25 +91,34 @@ def find_obstacle(pods: Iterable[Manifest], *, events: Iterable[Manifest] = ()) 
     return next((obstacle for obstacle in found if obstacle is not None), None)
 
 
-def find_end(pods: Iterable[Manifest], *, container: str) -> str | None:
+def find_end(pods: Iterable[Manifest], *, container: str, asked: bool = True) -> str | None:
     """Return how a container ended that is to serve and does not: it waits for its next start, or loads again.
 
-    With its last words. It is the first of those that ended by themselves, if any did.
+    With its last words. It is the first of those that ended by themselves, if any did; then, unless `asked` is False,
+    of those that were asked to.
     """
-    found = None
-    for pod in pods:
-        status = container_status(pod, container)
-        ends = (status.get("state") or {}).get("terminated"), (status.get("lastState") or {}).get("terminated")
-        ended = next((end for end in ends if end), None)
-        if ended is None or status.get("ready"):
-            continue
-        words = str(ended.get("message") or ended.get("reason") or "no message").strip().splitlines()
+    told = [(end, name) for pod in pods if (end := _end_of(pod, container)) for name in [pod["metadata"]["name"]]]
+    by_themselves = [one for one in told if one[0].get("exitCode") != ExitCode.TERMINATED]
+    for end, name in by_themselves or (told if asked else ()):
+        words = str(end.get("message") or end.get("reason") or "no message").strip().splitlines()
         said = "\n".join(words[-_SHOWN_LINES:])
-        told = f"pod {pod['metadata']['name']} ends with exit code {ended.get('exitCode')}: {said}"
-        if ended.get("exitCode") != ExitCode.TERMINATED:
-            return told
-        found = found or told
-    return found
+        return f"pod {name} ends with exit code {end.get('exitCode')}: {said}"
+    return None
+
+
+def _end_of(pod: Manifest, container: str) -> Mapping[str, Any] | None:
+    status = container_status(pod, container)
+    ends = (status.get("state") or {}).get("terminated"), (status.get("lastState") or {}).get("terminated")
+    return next((end for end in ends if end), None) if not status.get("ready") else None
+
+
+def how_to_release(pod: Manifest) -> str:
+    """Return how a person frees the name of a pod that was deleted, and whose node does not say that it has ended."""
+    metadata = pod["metadata"]
+    return (
+        f"When that node is surely off, delete its Node object, or the pod by: kubectl delete pod {metadata['name']} "
+        f"-n {metadata['namespace']} --force"
+    )
 
 
 def find_refusal(events: Iterable[Manifest], *, of: str, missing: int, size: int) -> Says | None:

@@ -14,6 +14,7 @@ from datetime import datetime
 
 from posttrain.plan import labels
 from posttrain.plan.manifests import node_name, silent_from
+from posttrain.plan.pods import how_to_release
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says
 from posttrain.plan.types import Manifest
@@ -31,8 +32,7 @@ def explain_predecessors(situation: Situation) -> Says | None:
     if _is_silent(left, now=situation.now):
         told = (
             f"{told}: it was deleted, and node {node_name(left)} does not say that it has ended. A pod of this run "
-            "would bear its name. When that node is surely off, delete its Node object, or the pod by: kubectl delete "
-            f"pod {_name(left)} -n {situation.run.metadata.namespace} --force"
+            f"would bear its name. {how_to_release(left)}"
         )
     return Says("False", "PredecessorEnding", told)
 

@@ -5,8 +5,10 @@ It owns the condition ServerReady; it must not know how a server is written.
 
 from __future__ import annotations
 
+from posttrain.api.servers import RolloutServers
+from posttrain.plan.manifests import is_out_of_sight, node_name, silent_from
 from posttrain.plan.names import server_name
-from posttrain.plan.pods import find_end, find_obstacle, find_refusal
+from posttrain.plan.pods import find_end, find_obstacle, find_refusal, how_to_release
 from posttrain.plan.rollout_servers import RESTARTS_MAX, count_ready, restarts_of
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says
@@ -23,28 +25,57 @@ def explain_servers(situation: Situation) -> Says:
     if situation.servers_ready:
         return Says("True", "ServersReady")
     pods = situation.server_pods
+    ended = find_end(pods, container=SERVER_CONTAINER, asked=False)
+    if ended is not None:
+        return Says("False", "CrashLooping", ended)
+    obstacle = _explain_silence(situation) or _find_obstacle(situation, servers)
+    if obstacle is not None:
+        return obstacle
     ended = find_end(pods, container=SERVER_CONTAINER)
     if ended is not None:
         return Says("False", "CrashLooping", ended)
+    return Says("False", "Loading", f"{count_ready(pods, servers=servers)} of {servers.replicas} servers answer")
+
+
+def _explain_silence(situation: Situation) -> Says | None:
+    """Return that the node of a server does not answer: its pod comes back under its name when it is surely gone."""
+    for pod in situation.server_pods:
+        name, deleted = pod["metadata"]["name"], silent_from(pod)
+        if deleted is not None and deleted <= situation.now:
+            told = (
+                f"pod {name} was deleted, and node {node_name(pod)} does not say that it has ended: no other one bears "
+            )
+            return Says("Unknown", "NodeUnreachable", f"{told}its name. {how_to_release(pod)}")
+        if is_out_of_sight(pod):
+            told = f"node {node_name(pod)} does not answer: whether {name} still serves is not known"
+            return Says("Unknown", "NodeUnreachable", told)
+    return None
+
+
+def _find_obstacle(situation: Situation, servers: RolloutServers) -> Says | None:
+    pods = situation.server_pods
     refused = find_refusal(
         situation.observed.creation_events,
         of=server_name(situation.name),
         missing=servers.pods - len(pods),
         size=servers.pods,
     )
-    loading = f"{count_ready(pods, servers=servers)} of {servers.replicas} servers answer"
-    obstacle = refused or find_obstacle(pods, events=situation.observed.pod_events)
-    return obstacle or Says("False", "Loading", loading)
+    return refused or find_obstacle(pods, events=situation.observed.pod_events)
 
 
 def never_answers(situation: Situation) -> str | None:
     """Return how a server ended that has been restarted often enough to know that it will not answer.
 
-    When the gang before was made all of them answered: restarts up to its end do not count.
+    When the gang before was made all of them answered: restarts up to its end do not count. A node of a server that
+    only waits for the others ends with nobody's fault, as long as something keeps one of them from starting.
     """
+    servers = situation.run.spec.rollout_servers
+    if servers is None:
+        return None
     before = situation.status.server_restarts or {}
-    given_up = (
+    given_up = [
         pod for pod in situation.server_pods if restarts_of(pod) - before.get(pod["metadata"]["uid"], 0) >= RESTARTS_MAX
-    )
-    ended = find_end(given_up, container=SERVER_CONTAINER)
+    ]
+    waits = _find_obstacle(situation, servers) is not None
+    ended = find_end(given_up, container=SERVER_CONTAINER, asked=not waits)
     return f"after {RESTARTS_MAX} restarts {ended}" if ended is not None else None

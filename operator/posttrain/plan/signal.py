@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pydantic.alias_generators import to_camel
 
 from posttrain.api.signal import SignalPolicy
+from posttrain.plan.attempts import NON_FINITE
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says
 
@@ -31,9 +32,10 @@ class Loss:
 def find_losses(situation: Situation) -> tuple[Loss, ...]:
     """Return what the checks find now of the current attempt, first what has the worst consequences."""
     grpo, progress = situation.run.spec.grpo, situation.attempt_progress
-    if grpo is None or progress is None:
+    if progress is None:
         return ()
     found = {report.reason: report.message for report in progress.lost_signals or ()}
+    checks = grpo.signal.checks if grpo is not None else {}
     losses = [
         Loss(
             reason=check.REASON,
@@ -41,9 +43,12 @@ def find_losses(situation: Situation) -> tuple[Loss, ...]:
             policy=check.policy,
             field=f"spec.grpo.signal.{to_camel(name)}.policy",
         )
-        for name, check in grpo.signal.checks.items()
+        for name, check in checks.items()
         if check.REASON in found
     ]
+    if progress.non_finite is not None and situation.run.spec.restarts.on_non_finite == "Warn":
+        message = f"{progress.non_finite.metric} was not finite at step {progress.non_finite.step}"
+        losses.insert(0, Loss(reason=NON_FINITE, message=message, policy="Warn", field="spec.restarts.onNonFinite"))
     return tuple(sorted(losses, key=lambda loss: _WORST_FIRST.index(loss.policy)))
 
 
@@ -55,7 +60,7 @@ def find_loss(situation: Situation) -> Loss | None:
 def explain_signal(situation: Situation) -> Says | None:
     """Return what `SignalHealthy` says of the current attempt, or None before it trains."""
     progress = situation.attempt_progress
-    if situation.run.spec.grpo is None or progress is None or progress.attempt_start is None:
+    if progress is None or progress.attempt_start is None:
         return None
     losses = find_losses(situation)
     if not losses:

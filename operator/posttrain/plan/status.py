@@ -162,7 +162,7 @@ def _conditions(situation: Situation, verdict: Verdict) -> list[Condition]:
         conditions.STALLED: settled if verdict.stalled else under_way,
         conditions.SIGNAL_HEALTHY: verdict.signal_healthy,
     }
-    types = conditions.TRAINING_RUN_CONDITIONS if situation.run.spec.grpo is None else conditions.GRPO_CONDITIONS
+    types = conditions.WATCHED_CONDITIONS if situation.run.spec.is_watched else conditions.TRAINING_RUN_CONDITIONS
     told = []
     for type_ in types:
         known = find_condition(previous, type_)

@@ -185,7 +185,7 @@ def cleaning_up(situation: Situation) -> Verdict | None:
     return go_on(
         situation,
         message=f"attempt {situation.attempt} waits for the end of the one before (live pods: {len(live)})",
-        deadlines=silences(situation),
+        deadlines=silences(situation, situation.trainer_pods),
     )
 
 

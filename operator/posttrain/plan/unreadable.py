@@ -37,8 +37,9 @@ def status_of_unreadable(
     message = "\n".join(str(problem) for problem in problems)
     ended = _explain_end(manifest, known, objects)
     refused = {conditions.ACCEPTED, conditions.SUCCEEDED, conditions.READY}
+    watched = find_condition(known.conditions, conditions.SIGNAL_HEALTHY) is not None
     told = []
-    for type_ in conditions.TRAINING_RUN_CONDITIONS:
+    for type_ in conditions.WATCHED_CONDITIONS if watched else conditions.TRAINING_RUN_CONDITIONS:
         before = find_condition(known.conditions, type_)
         if type_ in refused:
             says = ("False", "InvalidSpec", message)

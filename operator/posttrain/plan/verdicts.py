@@ -21,7 +21,7 @@ from posttrain.plan.children import (
     service_refs,
     waiting_refs,
 )
-from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
+from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.manifests import is_being_deleted
 from posttrain.plan.names import attempt_name
 from posttrain.plan.objects import code_hash
@@ -161,6 +161,7 @@ def go_on(
         active_deadline(situation),
         pending_deadline(situation),
         stall_deadline(situation),
+        *silences(situation, situation.server_pods),
         *deadlines,
     )
     return accept(
@@ -283,10 +284,10 @@ def _failure(situation: Situation, cause: Cause) -> FailureStatus:
 
 
 def stop_non_finite(situation: Situation, cause: Cause) -> Verdict:
-    """Return the verdict on a loss that was not finite: the user chose between the end and a suspension."""
-    if situation.run.spec.restarts.on_non_finite == "Fail":
-        return fail(situation, cause)
-    return hold(situation, cause, field="spec.restarts.onNonFinite")
+    """Return the verdict on a loss that was not finite, and ended its gang: also where the next would go on (Warn)."""
+    if situation.run.spec.restarts.on_non_finite == "Suspend":
+        return hold(situation, cause, field="spec.restarts.onNonFinite")
+    return fail(situation, cause)
 
 
 def hold(situation: Situation, cause: Cause, *, field: str, kept: bool = False) -> Verdict:

@@ -1914,3 +1914,69 @@ def test_a_problem_that_prepare_found_ends_the_run_before_any_gang() -> None:
     assert bench.says("Finished") == ("True", "DatasetColumnMissing")
     assert bench.names(PYTORCHJOB) == []
     assert bench.names(JOB) == ["Job demo-prepare"], "its log is kept"
+
+
+TWO_PROFILES = {"default": Profile(), "h200": Profile()}
+
+
+def lose_gang_whose_spec_is_refused(bench: Bench) -> None:
+    """Let a gang fail after its profile was taken away: another attempt is counted, and cannot begin."""
+    run_gang(bench)
+    take_profile_away(bench)
+    bench.settle()
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    assert (bench.status.attempt, bench.says("Accepted")) == (2, ("False", "InvalidSpec"))
+
+
+def test_an_attempt_whose_spec_is_refused_holds_no_quota() -> None:
+    bench = Bench(settings=Settings(profiles=TWO_PROFILES))
+    put_flavor(bench, "first")
+    bench.submit(resources={**QUEUE, "profile": "h200"})
+    bench.settle()
+    admit(bench, flavor="first")
+    lose_gang_whose_spec_is_refused(bench)
+    assert bench.names(WORKLOAD, PYTORCHJOB) == []
+
+    bench.settings = Settings(profiles=TWO_PROFILES)
+    bench.start()
+    bench.settle()
+    assert bench.says("Accepted") == ("True", "Accepted")
+    admit(bench, flavor="first")
+    bench.settle()
+    assert bench.others.job_runs(2)
+
+
+def test_an_attempt_whose_spec_is_refused_waits_no_longer_than_its_deadline() -> None:
+    bench = Bench(settings=Settings(profiles=TWO_PROFILES))
+    bench.submit(resources={"gpusPerNode": 1, "profile": "h200"}, pendingDeadlineSeconds=100)
+    lose_gang_whose_spec_is_refused(bench)
+    bench.wait(101)
+    bench.settle()
+
+    assert bench.says("Succeeded") == ("False", "PendingDeadlineExceeded")
+    assert "h200" in bench.condition("Succeeded").message
+
+
+def test_settings_that_were_mended_reach_an_attempt_whose_job_is_refused() -> None:
+    bench = Bench(settings=Settings(termination_grace_seconds=6000))
+
+    def policy(call: Call) -> Rejected | None:
+        if call.text != "create PyTorchJob demo-a1":
+            return None
+        template = call.body["spec"]["pytorchReplicaSpecs"]["Master"]["template"]
+        return Rejected("at most 600") if template["spec"]["terminationGracePeriodSeconds"] > 600 else None
+
+    bench.port.refuse = policy
+    bench.submit()
+    bench.settle()
+    assert bench.condition("Accepted").message == "PyTorchJob demo-a1 was refused: at most 600"
+
+    bench.settings = Settings(termination_grace_seconds=600)
+    bench.start()
+    for _ in range(3):
+        bench.settle()
+        bench.wait(31)
+    assert (bench.says("Accepted"), bench.others.job_runs(1)) == (("True", "Accepted"), True)

@@ -7,6 +7,7 @@ from typing import Any
 from posttrain.contract import environment
 from posttrain.contract.result import ExitCode
 from posttrain.control.kinds import DEPLOYMENT, NETWORK_POLICY, PYTORCHJOB, STATEFUL_SET
+from posttrain.settings import Profile, Settings
 from tests.support.bench import Bench, wait_out_pending_deadline
 
 SERVED = {
@@ -125,6 +126,43 @@ def test_a_node_that_waits_for_another_one_ends_with_nobodys_fault() -> None:
 
     set_ended(bench, restarts=5)
     assert bench.says("Succeeded") == ("False", "CrashLooping")
+
+
+def test_nobody_is_blamed_for_a_node_of_a_server_that_is_lost() -> None:
+    bench = Bench()
+    rollout = {"mode": "Server", "server": {"nodesPerReplica": 2, "gpusPerNode": 0}}
+    bench.submit(sft=None, grpo={**SERVED["grpo"], "rewards": [{"name": "format"}], "rollout": rollout})
+    bench.settle()
+    bench.others.make_server_pods()
+    bench.others.set_pod_status("demo-server-1", phase="Running")
+    bench.others.silence("demo-server-1", container="vllm")
+    set_ended(bench, restarts=5, index=0, code=ExitCode.TERMINATED, said="node 1 of this server ended, see its log")
+
+    assert bench.says("ServerReady") == ("Unknown", "NodeUnreachable")
+    assert bench.says("Succeeded") == ("False", "InProgress")
+
+
+def test_servers_go_with_an_attempt_whose_spec_is_refused() -> None:
+    profiles = {"default": Profile(), "h200": Profile()}
+    bench = Bench(settings=Settings(profiles=profiles))
+    rewards = [{"name": "format"}]
+    bench.submit(sft=None, grpo={**SERVED["grpo"], "rewards": rewards}, resources={"gpusPerNode": 0, "profile": "h200"})
+    bench.settle()
+    bench.others.make_server_pods()
+    servers_answer(bench)
+    bench.others.make_pods()
+    bench.others.run_pods(1)
+    bench.settle()
+    bench.settings = Settings(profiles={"default": Profile()})
+    bench.start()
+    bench.settle()
+    assert bench.names(STATEFUL_SET) == ["StatefulSet demo-server"]
+
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+    assert (bench.says("Accepted"), bench.names(STATEFUL_SET)) == (("False", "InvalidSpec"), [])
 
 
 def test_a_server_on_a_node_that_is_lost_is_told_of_with_what_brings_it_back() -> None:

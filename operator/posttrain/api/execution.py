@@ -109,8 +109,8 @@ class Restarts(ApiModel):
     on_non_finite: SignalPolicy = Field(
         default="Fail",
         description="What follows a NaN or infinite loss or gradient norm: the end (Fail), a suspension (Suspend), or "
-        "an event and the condition SignalHealthy while the run goes on (Warn, which counts from the next attempt on). "
-        "Default: Fail.",
+        "an event and the condition SignalHealthy while the run goes on (Warn). Warn counts from the next attempt on, "
+        "the others at once, also for what was found before. Default: Fail.",
         examples=["Fail"],
     )
     avoid_nodes: bool = Field(

@@ -88,8 +88,22 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
     """
     if situation.problems:
         return ()
-    if situation.is_begun:
-        return _kept_job(situation)
+    return _kept_job(situation) if situation.is_begun else _render_attempt(situation)
+
+
+def outdated_config(situation: Situation) -> tuple[ObjectRef, ...]:
+    """Return the reference to the ConfigMap of an attempt whose job is refused and would be another one by now.
+
+    No pod has read it: the next is made with what the settings say since.
+    """
+    job, config = job_ref(situation.name, attempt=situation.attempt), situation.attempt_config
+    if config is None or not situation.is_begun or situation.problems or job not in situation.observed.rejected:
+        return ()
+    _, wanted = _render_attempt(situation)
+    return () if _kept_job(situation) == (wanted,) else (ObjectRef.of(config),)
+
+
+def _render_attempt(situation: Situation) -> tuple[Manifest, Manifest]:
     spec, attempt = situation.spec, situation.attempt
     zero = spec.parallelism.strategy in STAGES
     config_name = names.attempt_name(situation.name, attempt=attempt)

@@ -67,6 +67,8 @@ def awaiting_quota(situation: Situation) -> Verdict | None:
     """Nothing of a gang is there, and its quota is not: it is asked for, and waited for in the queue."""
     if situation.was_created:
         return None
+    if situation.problems:
+        return go_on(situation, deletes=withdraw(situation))  # nobody knows when a gang could use it
     if situation.has_quota:
         return _unusable_quota(situation)
     ask, workload = situation.ask, situation.workload
@@ -80,8 +82,6 @@ def awaiting_quota(situation: Situation) -> Verdict | None:
         return go_on(situation, deletes=withdraw(situation))
     if workload is not None and (workload.reserved or workload.being_deleted):
         return go_on(situation, patches=release(situation))
-    if situation.problems:
-        return go_on(situation)
     missing = _missing_priority_class(situation)
     if missing is not None:
         return go_on(situation, waits=missing)

@@ -67,7 +67,8 @@ def never_answers(situation: Situation) -> str | None:
     """Return how a server ended that has been restarted often enough to know that it will not answer.
 
     When the gang before was made all of them answered: restarts up to its end do not count. A node of a server that
-    only waits for the others ends with nobody's fault, as long as something keeps one of them from starting.
+    only waits for the others ends with nobody's fault, as long as something keeps one of them from starting, or takes
+    it out of sight.
     """
     servers = situation.run.spec.rollout_servers
     if servers is None:
@@ -76,6 +77,6 @@ def never_answers(situation: Situation) -> str | None:
     given_up = [
         pod for pod in situation.server_pods if restarts_of(pod) - before.get(pod["metadata"]["uid"], 0) >= RESTARTS_MAX
     ]
-    waits = _find_obstacle(situation, servers) is not None
-    ended = find_end(given_up, container=SERVER_CONTAINER, asked=not waits)
+    waits = _explain_silence(situation) or _find_obstacle(situation, servers)
+    ended = find_end(given_up, container=SERVER_CONTAINER, asked=waits is None)
     return f"after {RESTARTS_MAX} restarts {ended}" if ended is not None else None

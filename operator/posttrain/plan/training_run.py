@@ -32,6 +32,7 @@ from posttrain.plan.acceptance import (
 from posttrain.plan.children import (
     attempt_children,
     build_run_workload,
+    outdated_config,
     prepare_children,
     run_children,
     service_children,
@@ -172,8 +173,18 @@ def obstructed(situation: Situation) -> Verdict | None:
         return refusal
     if verdict.commit:
         return replace(verdict, accepted=obstacle)
-    deadlines = (*verdict.deadlines, *silences)
-    return replace(verdict, accepted=obstacle, succeeded=obstacle, stalled=stalled, objects=(), deadlines=deadlines)
+    waited_for = situation.attempt and not situation.was_created and situation.status.attempt_queued_time is None
+    since = {"attempt_queued_time": situation.now} if waited_for else {}
+    return replace(
+        verdict,
+        accepted=obstacle,
+        succeeded=obstacle,
+        stalled=stalled,
+        objects=(),
+        deletes=(*verdict.deletes, *outdated_config(situation)),
+        deadlines=(*verdict.deadlines, *silences),
+        changes={**since, **verdict.changes},
+    )
 
 
 def cleaning_up(situation: Situation) -> Verdict | None:

@@ -154,9 +154,10 @@ def go_on(
     if outage is not None and outage.reason != "SandboxStarting":  # one that only misses a probe is no news
         pods_ready = outage
     message = message or f"attempt {situation.attempt}: {told}"
-    # Like the gang, what serves it holds nothing while there is no quota.
-    services = () if situation.awaits_quota else service_children(situation)
-    spare = present_refs(situation, waiting_refs(situation)) if situation.awaits_quota else ()
+    # Like the gang, what serves it holds nothing while there is no quota, or its spec is refused.
+    idle = situation.awaits_quota or (bool(situation.problems) and not situation.was_created)
+    services = () if idle else service_children(situation)
+    spare = present_refs(situation, waiting_refs(situation)) if idle else ()
     times = (
         active_deadline(situation),
         pending_deadline(situation),

@@ -67,7 +67,7 @@ e2e: setup $(BUILDS) ## Run the tests on a real node, and those with Kueue
 test-all: setup $(BUILDS) ## Run every test
 	$(VENV)/bin/pytest $(BESIDE_EACH_OTHER) $(PYTEST_ARGS)
 
-chaos: setup build-control-plane ## Kill the operator at 300 random writes of runs' lives (20 minutes); see docs/development/chaos.md
+chaos: setup build-control-plane ## Kill the operator at 300 random writes of runs' lives (half an hour); see docs/development/chaos.md
 	POSTTRAIN_CHAOS_TRIALS=$${POSTTRAIN_CHAOS_TRIALS:-300} $(VENV)/bin/pytest -q -s tests/integration/test_chaos.py $(PYTEST_ARGS)
 
 generate: setup ## Write the generated files anew: locks of the images, argument tables, CRDs, schemas, reference pages

@@ -1,7 +1,7 @@
 """Trials: short lives of runs, each cut through once by the operator's death at a drawn write of that run.
 
-It owns the lives, the draw, and what is found after each; it must not judge it. Several runs live beside each other,
-so the death that is one run's own finds the others anywhere in their lives.
+It owns the draw, and what is found after each life; it must not judge it. Several runs live beside each other, so the
+death that is one run's own finds the others anywhere in their lives.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.contract.result import Result, to_termination_message
 from posttrain.plan import labels
 from tests.cluster.cluster import TestCluster
 from tests.cluster.errors import ClusterError
 from tests.cluster.processes import poll
 from tests.support.api_proxy import ApiProxy, ApiRequest, Strike, When
-from tests.support.cluster_runs import COMPLETED, ClusterRun, reasons
+from tests.support.cluster_runs import ClusterRun, reasons
+from tests.support.lives import Done, Life
 from tests.support.operator_process import OperatorProcess
 
 LIFE_SECONDS = 120.0
 _COLLECTED_SECONDS = 30.0
-_KILLED = Result(reason="RankKilled", message="rank 1 was killed by signal 9", rank=1)
 _CHILDREN = "pytorchjobs,jobs,pods,configmaps,serviceaccounts,persistentvolumeclaims,networkpolicies"
 _COUNTED = frozenset({"pytorchjobs", "jobs", "pods", "configmaps", "serviceaccounts", "networkpolicies"})
 
@@ -42,6 +41,7 @@ class Trial:
     """One run's life, and what it left behind."""
 
     run: ClusterRun
+    life: Life
     death: Death | None
     strike: Strike | None = None
     status: dict[str, Any] = field(default_factory=dict)
@@ -73,14 +73,13 @@ def live(cluster: TestCluster, operator: OperatorProcess, proxy: ApiProxy, trial
     for trial in trials:
         if trial.death is not None:
             trial.strike = _arrange(operator, proxy, trial.run, trial.death)
-        trial.run.apply()
-    _play(cluster, operator, [trial.run for trial in trials])
+        trial.run.apply(**trial.life.spec)
+    _play(cluster, operator, trials)
     proxy.strikes.clear()
     for trial in trials:
-        trial.status = trial.run.status()
         trial.orphans = _await_no_orphans(trial.run)
     names = [trial.run.name for trial in trials]
-    trials[0].run.kubectl("delete", "trainingrun", *names, "--wait=false")
+    trials[0].run.kubectl("delete", "trainingrun", *names, "--wait=false", "--ignore-not-found")
 
 
 def substance(status: dict[str, Any]) -> dict[str, Any]:
@@ -137,50 +136,45 @@ def _arrange(operator: OperatorProcess, proxy: ApiProxy, run: ClusterRun, death:
 # --- The world -------------------------------------------------------------------------------------------------------
 
 
-def _play(cluster: TestCluster, operator: OperatorProcess, runs: Sequence[ClusterRun]) -> None:
-    """Let every first gang die once it runs, and every second end well; a dead operator is started again."""
-    by_name = {run.name: run for run in runs}
-    ended: set[tuple[str, int]] = set()
-    statuses: dict[str, dict[str, Any]] = {}
+def _play(cluster: TestCluster, operator: OperatorProcess, trials: Sequence[Trial]) -> None:
+    """Let befall each run what its life brings, until all have ended; a dead operator is started again."""
+    namespace = trials[0].run.namespace
+    done: dict[str, Done] = {trial.run.name: set() for trial in trials}
 
     def look() -> bool:
         if not operator.process.is_running():
             operator.process.start(wait=False)
-        found = cluster.get("trainingruns", "--namespace", runs[0].namespace)["items"]
-        statuses.update({run["metadata"]["name"]: run.get("status") or {} for run in found})
-        for name, run in by_name.items():
-            attempt = statuses[name].get("attempt") or 0
-            if statuses[name].get("attemptRunningTime") and (name, attempt) not in ended:
-                ended.add((name, attempt))
-                _end_gang(run, attempt)
-        return all(statuses[name].get("stage") in ("Succeeded", "Failed") for name in by_name)
+        found = cluster.get("trainingruns,pods", "--namespace", namespace)["items"]
+        pods = [item for item in found if item["kind"] == "Pod"]
+        runs = {item["metadata"]["name"]: item for item in found if item["kind"] == "TrainingRun"}
+        for trial in trials:
+            if trial.run.name in runs:
+                trial.status = runs[trial.run.name].get("status") or {}
+                trial.life.befall(trial.run, trial.status, pods, done[trial.run.name])
+        return all(_has_ended(trial, is_there=trial.run.name in runs) for trial in trials)
 
     try:
         poll(look, what="every run to end", seconds=LIFE_SECONDS)
     except ClusterError as error:
-        left = {name: statuses.get(name) for name in by_name if statuses[name].get("stage") != "Succeeded"}
+        left = {trial.run.name: trial.status for trial in trials if trial.status.get("stage") != "Succeeded"}
         raise ClusterError(f"{error}: {left}") from error
 
 
-def _end_gang(run: ClusterRun, attempt: int) -> None:
-    if attempt == 1:
-        # The job is over then, and its master is taken away.
-        run.end_pod(1, attempt=attempt, exit_code=138, message=to_termination_message(_KILLED))
-        return
-    # The worker first: a job has succeeded when its master has, and its workers are taken away then.
-    for node in (1, 0):
-        run.end_pod(node, attempt=attempt, exit_code=0, message=to_termination_message(COMPLETED))
+def _has_ended(trial: Trial, *, is_there: bool) -> bool:
+    return trial.status.get("stage") in ("Succeeded", "Failed") and is_there != trial.life.expires
 
 
 def _await_no_orphans(run: ClusterRun) -> list[str]:
-    """Return what is left without an owner when the garbage collector has had its time."""
-    uid = run.read()["metadata"]["uid"]
+    """Return what is left without an owner when the garbage collector has had its time: of a run that is gone, all."""
+    where = ("--namespace", run.namespace)
+    runs = run.cluster.get("trainingruns", *where, f"--field-selector=metadata.name={run.name}")["items"]
+    uids = {found["metadata"]["uid"] for found in runs}
     orphans: list[str] = []
 
     def look() -> bool:
         selector = ("--selector", f"{labels.RUN}={run.name}")
-        found = run.cluster.get(_CHILDREN, "--namespace", run.namespace, *selector)["items"]
-        own = {uid, *(child["metadata"]["uid"] for child in found if _owner(child) == uid)}
+        found = run.cluster.get(_CHILDREN, *where, *selector)["items"]
+        own = uids | {child["metadata"]["uid"] for child in found if _owner(child) in uids}
         orphans[:] = [f"{child['kind']}/{child['metadata']['name']}" for child in found if _owner(child) not in own]
         return not orphans
 

@@ -95,6 +95,7 @@ def build_grpo_config(
     ranks: int = 1,
     args: Mapping[str, Any] | None = None,
     model_fields: Mapping[str, Any] | None = None,
+    held_out: Path | None = None,
     **spec: Any,
 ) -> TrainingConfig:
     """Return the config of an attempt that is rewarded for its answers to the column `problem`."""
@@ -104,6 +105,7 @@ def build_grpo_config(
             {
                 "model": {"source": f"file://{model}", **(model_fields or {})},
                 "datasets": [{"source": f"file://{rows}"}],
+                **({"evalDatasets": [{"source": f"file://{held_out}"}]} if held_out else {}),
                 "promptColumn": "problem",
                 "grpo": grpo,
                 "code": {"path": "own"},
@@ -122,7 +124,7 @@ def build_grpo_config(
         args=checked.training.args,
         model=_mounted(model),
         datasets=(_mounted(rows),),
-        eval_datasets=(),
+        eval_datasets=(_mounted(held_out),) if held_out else (),
         gang=GangShape(num_nodes=1, processes_per_node=ranks, gpus_per_node=0),
     )
 

@@ -18,6 +18,7 @@ from tests.workloads._prepare_configs import ROOT, run_cases, write_jsonl
 
 pytestmark = pytest.mark.workloads
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 SERVICES = {"E2B_API_URL": "http://127.0.0.1:9", "MORPH_BASE_URL": "http://127.0.0.1:9"}
 OWN_CODE = {
     "good_rewards.py": "def fair(completions, answer, **columns):\n    return [float(a) for a in answer]\n",
@@ -102,6 +103,11 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         [{"problem": [{"role": "user", "content": f"{n}?"}], "prompt": "other", "solution": "1"} for n in range(8)],
     )
     long = write_jsonl(folder / "long.jsonl", [{**row, "problem": "What is this? " * 200} for row in sums])
+    few_words = write_jsonl(folder / "few-words.jsonl", [{**row, "problem": "What is this? " * 20} for row in sums])
+    bare = write_jsonl(folder / "bare.jsonl", [{"problem": "?", "answer": 1} for _ in range(8)])
+    bare_and_long = write_jsonl(folder / "bare-and-long.jsonl", [{"problem": "What is this? " * 200}])
+    contests = write_jsonl(folder / "contests.jsonl", [contest_row(number) for number in range(4)])
+    solvable = write_jsonl(folder / "solvable.jsonl", [{**contest_row(n), "grader_files": []} for n in range(4)])
     for name, text in OWN_CODE.items():
         file = folder / "code" / name
         file.parent.mkdir(exist_ok=True)
@@ -120,9 +126,7 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         case("conversations", rows=talks, systemPrompt="Think."),
         case("no column", promptColumn="problm"),
         case("not text", promptColumn="answer"),
-        case("no solution", {"name": "code_format"}, {"name": "cosine"}, rows=write_jsonl(
-            folder / "bare.jsonl", [{"problem": "?", "answer": 1} for _ in range(8)]
-        )),
+        case("no solution", {"name": "code_format"}, {"name": "cosine"}, rows=bare),
         case("long", rows=long),
         case("nearly long", args={"max_completion_length": 500}),
         case("vllm elsewhere", grpo={"rollout": {"mode": "Colocate"}}, args={"vllm_max_model_length": 20}),
@@ -167,14 +171,23 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
             )
         ),
         case("together", grpo={"rolloutFunction": "rollouts:Game"}, ranks=2, parallelism={"strategy": "ZeRO3"}),
-        case("contests", {"name": "cf_code"}, {"name": "ioi_code"}, rows=write_jsonl(
-            folder / "contests.jsonl", [contest_row(number) for number in range(4)]
-        )),
-        case("contests with tests", {"name": "cf_code"}, rows=folder / "contests.jsonl", podOverrides={
+        case("contests", {"name": "cf_code"}, {"name": "ioi_code"}, rows=contests),
+        case("contests with tests", {"name": "cf_code"}, rows=contests, podOverrides={
             "env": [{"name": "CF_TESTS_FOLDER", "value": "/tests"}]
         }),
         case("cispo", args={"loss_type": "cispo"}),
         case("cispo with a bound", args={"loss_type": "cispo", "epsilon_high": 5.0}),
+        case("evaluated", {"name": "cosine"}, {"function": "good_rewards:fair"}, held_out=rows, args=EVALUATED),
+        case("evaluated without a column", {"name": "code_format"}, {"name": "cosine"}, held_out=bare, args=EVALUATED),
+        case("an own reward is evaluated", {"function": "good_rewards:fair"}, held_out=talks, args=EVALUATED),
+        case("long ones are evaluated", held_out=long, args=EVALUATED),
+        case("servers for evaluation", held_out=few_words, args=EVALUATED, grpo={"rollout": {
+            "mode": "Server", "server": {"gpusPerNode": 0, "maxModelLength": 110}
+        }}),
+        case("a fraction of long ones is evaluated", rows=long, args=EVALUATED, testFraction="0.5"),
+        case("contests are evaluated", {"name": "ioi_code"}, rows=solvable, held_out=contests, args=EVALUATED),
+        case("evaluated at the start", {"name": "cosine"}, held_out=bare, args={"eval_on_start": True}),
+        case("held out for nothing", {"name": "cosine"}, {"function": "good_rewards:fair"}, held_out=bare_and_long),
         case("reference", args={"beta": 0.1}, model_fields={"config": {"rope_theta": 5.0}}),
     ]  # fmt: skip
     cases += [{"name": name, "what": "args", "config": config} for name, config in RECIPES.items()]
@@ -217,12 +230,12 @@ BAD = [
     ("no column", "DatasetColumnMissing", "there is no column problm with prompts; the data has problem, answer, sol"),
     ("no column", "DatasetColumnMissing", "did you mean problem?"),
     ("not text", "DatasetColumnMissing", "column answer holds something else, and a prompt is text or a list of"),
-    ("no solution", "DatasetColumnMissing", "spec.grpo.rewards[1]: reward cosine reads the column solution, and the"),
+    ("no solution", "DatasetColumnMissing", "spec.grpo.rewards[1]: reward cosine reads the column solution, and spec"),
     ("long", "DatasetRowsInvalid", "tokens, and the model sees 512 (max_position_embeddings): leave such rows out"),
     ("few rows", "BatchNotDivisible", "a rollout takes 16 prompts (32 completions, 2 of each prompt), and the data"),
     ("does not import", "CodeImportFailed", "ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
     ("own rewards fail", "RewardFunctionFailed", "spec.grpo.rewards[0].function: bad_rewards:fails fails on 6 complet"),
-    ("own rewards fail", "RewardFunctionFailed", "completions of the first rows (columns answer, solution and postt"),
+    ("own rewards fail", "RewardFunctionFailed", "completions of the first rows of spec.datasets (columns answer, s"),
     ("own rewards fail", "RewardFunctionFailed", "TypeError: 'int' object is not subscriptable"),
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:few returns 1 values for 6 completions"),
     ("own rewards fail", "RewardFunctionFailed", "bad_rewards:text returns 'high' for 6 completions"),
@@ -245,6 +258,15 @@ BAD = [
     ("rollouts:Broken", "CodeImportFailed", "OSError: no board"),
     ("together", "ConfigInvalid", "with spec.parallelism.strategy: ZeRO3 the ranks generate together, and would wai"),
     ("rollouts:other", "CodeImportFailed", "spec.grpo.rolloutFunction: module rollouts has no other; it defines Brok"),
+    ("evaluated without a column", "DatasetColumnMissing", "rewards[1]: reward cosine reads the column solution, and "
+     "spec.evalDatasets has answer: rename one with spec.evalDatasets[].rename: {answer: solution}"),
+    ("evaluated at the start", "DatasetColumnMissing", "reads the column solution, and spec.evalDatasets has answer"),
+    ("an own reward is evaluated", "RewardFunctionFailed", "good_rewards:fair fails on 6 completions of the first rows "
+     "of spec.evalDatasets (columns solution and posttrain_row)"),
+    ("long ones are evaluated", "DatasetRowsInvalid", "spec.evalDatasets: the longest prompt has"),
+    ("a fraction of long ones is evaluated", "DatasetRowsInvalid", "spec.testFraction: the longest prompt has"),
+    ("servers for evaluation", "ConfigInvalid", "are fewer than the longest prompt of spec.evalDatasets ("),
+    ("contests are evaluated", "DatasetRowsInvalid", "no score for 4 of the first 4 rows of spec.evalDatasets. "),
     ("reference", "ConfigInvalid", "the reference model is loaded without the overrides of spec.model.config"),
 ]  # fmt: skip
 
@@ -254,6 +276,16 @@ def test_a_problem_is_named_with_its_reason_and_its_remedy(
     found: dict[str, Any], case: str, reason: str, said: str
 ) -> None:
     assert any(problem.startswith(f"{reason}: ") and said in problem for problem in found[case]["problems"])
+
+
+@pytest.mark.parametrize("case", ["evaluated", "held out for nothing"])
+def test_held_out_rows_are_looked_at_where_they_are_evaluated(found: dict[str, Any], case: str) -> None:
+    assert found[case]["problems"] == []
+
+
+@pytest.mark.parametrize("case", ["evaluated without a column", "long ones are evaluated", "contests are evaluated"])
+def test_what_is_wrong_with_held_out_rows_alone_is_told_once(found: dict[str, Any], case: str) -> None:
+    assert len(found[case]["problems"]) == 1
 
 
 def test_a_completion_that_may_outgrow_the_model_is_a_warning(found: dict[str, Any]) -> None:
@@ -269,8 +301,8 @@ def test_what_a_rollout_function_may_add_is_not_missed_but_told(found: dict[str,
     assert found["rollouts"]["problems"] == []
     missing, failing = found["rollouts"]["warnings"]
     assert missing.endswith(
-        "rewards[0]: reward cosine reads the column solution, and the data has answer: rollouts:right has to return "
-        "it, with a value for each completion"
+        "rewards[0]: reward cosine reads the column solution, and spec.datasets has answer: rollouts:right has to "
+        "return it, with a value for each completion"
     )
     assert "bad_rewards:fails fails on 6 completions" in failing
     assert failing.endswith("If it needs what rollouts:right returns, nothing is wrong")
@@ -285,7 +317,7 @@ def test_problems_of_contests_that_have_no_score_are_found_before_anybody_solves
     assert problem.startswith("DatasetRowsInvalid: spec.grpo.rewards[1]: reward ioi_code has no score for 4 of the fir")
     assert "plants has a manager, which talks with the solution" in problem
     (warning,) = found["contests"]["warnings"]
-    assert warning.startswith("spec.grpo.rewards[0]: reward cf_code has no score for 2 of the first 4 rows. The first")
+    assert warning.startswith("spec.grpo.rewards[0]: reward cf_code has no score for 2 of the first 4 rows of")
     assert warning.endswith("name the folder that holds them in $CF_TESTS_FOLDER")
 
     with_tests = found["contests with tests"]

@@ -16,7 +16,7 @@ from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.arguments import training_args
 from posttrain_workloads.data import Mixture, load_mixture
 from posttrain_workloads.forecast import forecast_memory
-from posttrain_workloads.formats import scan_rows
+from posttrain_workloads.formats import Scan, scan_rows
 from posttrain_workloads.outcome import KnownModel, Outcome
 from posttrain_workloads.own_environments import check_environment
 from posttrain_workloads.own_rollouts import ENVIRONMENT, load_rollouts
@@ -27,10 +27,12 @@ from posttrain_workloads.scoring import WatchedReward, build_rewards
 from posttrain_workloads.server_options import check_server_options
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import GRPOConfig
 
 SHOWN_ROWS = 8
 _LONGEST_ROWS = 16
+_EVAL_DATASETS = "spec.evalDatasets"
 
 
 def check_grpo(
@@ -64,11 +66,9 @@ def check_grpo(
         mixture = load_mixture(config, shape=shape, environ=environ)
     if mixture is None:
         return
-    complete = check_columns(config, findings, mixture.train)
-    check_contests(config, findings, mixture.train)
-    if rewards and complete:
-        try_own_rewards(config, findings, mixture.train, rewards=rewards)
-    longest = check_prompts(config, outcome, mixture, model=model, environ=environ)
+    evaluated = find_evaluated(config, mixture, environ=environ)
+    check_rewards(config, findings, mixture, evaluated=evaluated, rewards=rewards)
+    longest = check_prompts(config, outcome, mixture, evaluated=evaluated, model=model, environ=environ)
     if args is None:
         return
     forecast_rollouts(config, outcome, args, prompts=len(mixture.train))
@@ -164,42 +164,97 @@ def _splits(parts: Mapping[str, int], size: int) -> bool:
     )
 
 
+# --- Rewards ---------------------------------------------------------------------------------------------------------
+
+
+def find_evaluated(config: TrainingConfig, mixture: Mixture, *, environ: Mapping[str, str]) -> str | None:
+    """Return the field of the spec whose rows the run generates completions for as it evaluates, if it does."""
+    args = training_args(config, environ=environ)
+    if mixture.test is None or (args.get("eval_strategy", "no") == "no" and not args.get("eval_on_start")):
+        return None
+    return _held_out(config)
+
+
+def check_rewards(
+    config: TrainingConfig,
+    findings: Findings,
+    mixture: Mixture,
+    *,
+    evaluated: str | None,
+    rewards: list[WatchedReward],
+) -> None:
+    """Look at what the rewards read of the rows; a fraction that is held out has the columns of the others."""
+    parts = [("spec.datasets", mixture.train)]
+    if evaluated == _EVAL_DATASETS and mixture.test is not None:
+        parts.append((evaluated, mixture.test))
+    sound = bool(rewards)
+    for path, rows in parts:
+        complete = check_columns(config, findings, rows, of=path)
+        check_contests(config, findings, rows, of=path)
+        if sound and complete:  # one that failed on the first rows would fail on the others too
+            sound = try_own_rewards(config, findings, rows, of=path, rewards=rewards)
+
+
+def _held_out(config: TrainingConfig) -> str:
+    return _EVAL_DATASETS if config.spec.eval_datasets else "spec.testFraction"
+
+
 # --- Prompts ---------------------------------------------------------------------------------------------------------
 
 
 def check_prompts(
-    config: TrainingConfig, outcome: Outcome, mixture: Mixture, *, model: KnownModel, environ: Mapping[str, str]
+    config: TrainingConfig,
+    outcome: Outcome,
+    mixture: Mixture,
+    *,
+    evaluated: str | None,
+    model: KnownModel,
+    environ: Mapping[str, str],
 ) -> int | None:
-    """Look at every prompt, and at the first and the longest ones as tokens; return the tokens of the longest."""
+    """Look at every prompt, and at the first and the longest ones as tokens; return the tokens of the longest.
+
+    That is the longest one to train on. Those of the field `evaluated` must have room in the model as well.
+    """
     findings, layout = outcome.findings, mixture.report.layout
     scan = scan_rows(mixture.train, layout, path="spec.datasets", need_assistant=False)
     faults = list(scan.problems)
+    scans = {"spec.datasets": (mixture.train, scan)}
     if mixture.test is not None:
-        path = "spec.evalDatasets" if config.spec.eval_datasets else "spec.testFraction"
-        faults += scan_rows(mixture.test, layout, path=path, need_assistant=False).problems
+        path = _held_out(config)
+        scans[path] = mixture.test, scan_rows(mixture.test, layout, path=path, need_assistant=False)
+        faults += scans[path][1].problems
     for fault in faults:
         findings.add(fault)
     tokenizer = model.tokenizer
     if faults or tokenizer is None:
         return None
     args = training_args(config, environ=environ)
-    order = sorted(range(len(mixture.train)), key=lambda index: scan.characters[index], reverse=True)
     with findings.collect():
         first = [
             _tokenize(prompt, tokenizer=tokenizer, args=args)
             for prompt in mixture.train[PROMPT][: min(SHOWN_ROWS, len(mixture.train))]
         ]
-        longest = max(
-            len(_tokenize(mixture.train[index][PROMPT], tokenizer=tokenizer, args=args))
-            for index in order[:_LONGEST_ROWS]
-        )
+        longest = {
+            path: _longest(*scans[path], tokenizer=tokenizer, args=args)
+            for path in ("spec.datasets", evaluated)
+            if path is not None
+        }
         outcome.samples = [_sample(ids, tokenizer=tokenizer) for ids in first]
-        outcome.estimates["longest prompt"] = f"{longest:,} tokens"
+        outcome.estimates["longest prompt"] = f"{longest['spec.datasets']:,} tokens"
         completion = args.get("max_completion_length", 512)
-        _judge_length(findings, longest, limit=_positions(model), completion=completion)
-        _judge_engine_length(findings, longest, *_engine_limit(config, args), completion=completion)
-        return longest
+        for path, tokens in longest.items():
+            _judge_length(findings, tokens, of=path, limit=_positions(model), completion=completion)
+        path = max(longest, key=lambda path: longest[path])
+        _judge_engine_length(findings, longest[path], *_engine_limit(config, args), of=path, completion=completion)
+        return longest["spec.datasets"]
     return None
+
+
+def _longest(rows: Dataset, scan: Scan, *, tokenizer: Any, args: Mapping[str, Any]) -> int:
+    """Return the tokens of the longest prompt, which is looked for among those with the most characters."""
+    order = sorted(range(len(rows)), key=lambda index: scan.characters[index], reverse=True)
+    few = order[:_LONGEST_ROWS]
+    return max(len(_tokenize(rows[index][PROMPT], tokenizer=tokenizer, args=args)) for index in few)
 
 
 def _tokenize(prompt: Any, *, tokenizer: Any, args: Mapping[str, Any]) -> list[int]:
@@ -244,21 +299,21 @@ def _positions(model: KnownModel) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _judge_length(findings: Findings, longest: int, *, limit: int | None, completion: int | None) -> None:
+def _judge_length(findings: Findings, longest: int, *, of: str, limit: int | None, completion: int | None) -> None:
     if limit is None:
         return
     if longest >= limit:
         findings.add(
             Problem(
                 "DatasetRowsInvalid",
-                f"spec.datasets: the longest prompt has {longest:,} tokens, and the model sees {limit:,} "
+                f"{of}: the longest prompt has {longest:,} tokens, and the model sees {limit:,} "
                 "(max_position_embeddings): leave such rows out of the data, or take a model that sees more",
             )
         )
     elif completion is not None and longest + completion > limit:
         findings.warnings.append(
-            f"the longest prompt ({longest:,} tokens) and max_completion_length {completion:,} are together more than "
-            f"the {limit:,} tokens that the model sees: lower spec.grpo.args.max_completion_length"
+            f"the longest prompt of {of} ({longest:,} tokens) and max_completion_length {completion:,} are together "
+            f"more than the {limit:,} tokens that the model sees: lower spec.grpo.args.max_completion_length"
         )
 
 
@@ -271,7 +326,7 @@ def _engine_limit(config: TrainingConfig, args: Mapping[str, Any]) -> tuple[str,
 
 
 def _judge_engine_length(
-    findings: Findings, longest: int, path: str, limit: int | None, *, completion: int | None
+    findings: Findings, longest: int, path: str, limit: int | None, *, of: str, completion: int | None
 ) -> None:
     """vLLM refuses a prompt beyond its limit at the step that has it, and ends completions there without a word."""
     needed = longest + (completion or 0)
@@ -279,7 +334,7 @@ def _judge_engine_length(
         findings.add(
             Problem(
                 "ConfigInvalid",
-                f"{path}: {limit:,} tokens are fewer than the longest prompt "
+                f"{path}: {limit:,} tokens are fewer than the longest prompt of {of} "
                 f"({longest:,}) and max_completion_length ({completion or 0:,}) have together: write at least "
                 f"{needed:,}, or leave it out",
             )

@@ -50,8 +50,11 @@ def check_endpoints(config: TrainingConfig, findings: Findings, *, environ: Mapp
             findings.add(Problem("SandboxUnreachable", message))
 
 
-def check_columns(config: TrainingConfig, findings: Findings, rows: Dataset) -> bool:
-    """See that every column is there that a reward reads; return whether none is known to be missing."""
+def check_columns(config: TrainingConfig, findings: Findings, rows: Dataset, *, of: str) -> bool:
+    """See that every column is there that a reward reads; return whether none is known to be missing.
+
+    `of` is, here and below, the field of the spec whose rows they are.
+    """
     assert config.spec.grpo is not None
     complete = True
     for index, reward in enumerate(config.spec.grpo.rewards):
@@ -60,19 +63,19 @@ def check_columns(config: TrainingConfig, findings: Findings, rows: Dataset) -> 
             if column in rows.column_names:
                 continue
             others = [name for name in rows.column_names if name != PROMPT]
-            there = f"the data has {join_names(others)}" if others else "the data has no column but the prompts"
+            there = f"{of} has {join_names(others)}" if others else f"{of} has no column but the prompts"
             reads = f"spec.grpo.rewards[{index}]: reward {reward.name} reads the column {column}, and {there}"
             if (function := config.spec.grpo.rollout_function) is not None:
                 findings.warnings.append(f"{reads}: {function} has to return it, with a value for each completion")
                 continue
             complete = False
             near = nearest(column, others)
-            hint = f"rename one with spec.datasets[].rename: {{{near or 'answer'}: {column}}}"
+            hint = f"rename one with {of}[].rename: {{{near or 'answer'}: {column}}}"
             findings.add(Problem("DatasetColumnMissing", f"{reads}: {hint}, or choose other data"))
     return complete
 
 
-def check_contests(config: TrainingConfig, findings: Findings, rows: Dataset) -> None:
+def check_contests(config: TrainingConfig, findings: Findings, rows: Dataset, *, of: str) -> None:
     """Read problems of contests as their rewards will, which give nothing where they cannot be read."""
     assert config.spec.grpo is not None
     overrides = config.spec.pod_overrides
@@ -87,7 +90,7 @@ def check_contests(config: TrainingConfig, findings: Findings, rows: Dataset) ->
             continue
         message = (
             f"spec.grpo.rewards[{index}]: reward {reward.name} has no score for {len(faults)} of the first "
-            f"{len(first)} rows. The first of them: {faults[0]}"
+            f"{len(first)} rows of {of}. The first of them: {faults[0]}"
         )
         if len(faults) < len(first):
             findings.warnings.append(message)
@@ -107,8 +110,10 @@ def _find_fault(reward: str, row: Mapping[str, Any], *, has_tests: bool) -> str 
     return None
 
 
-def try_own_rewards(config: TrainingConfig, findings: Findings, rows: Dataset, *, rewards: list[WatchedReward]) -> None:
-    """Call each own reward with the first rows and an invented completion, as a step will.
+def try_own_rewards(
+    config: TrainingConfig, findings: Findings, rows: Dataset, *, of: str, rewards: list[WatchedReward]
+) -> bool:
+    """Call each own reward with the first rows and an invented completion, as a step will; return whether none failed.
 
     Where a rollout function may add what a reward needs, one that fails is no more than a warning.
     """
@@ -118,13 +123,14 @@ def try_own_rewards(config: TrainingConfig, findings: Findings, rows: Dataset, *
     for index, (reward, built) in enumerate(zip(config.spec.grpo.rewards, rewards, strict=True)):
         if reward.function is not None:
             with tried.collect():
-                _try_reward(built, lists, path=f"spec.grpo.rewards[{index}].function: {reward.function}")
+                _try_reward(built, lists, of=of, path=f"spec.grpo.rewards[{index}].function: {reward.function}")
     if (function := config.spec.grpo.rollout_function) is None:
         for problem in tried.problems:
             findings.add(problem)
     else:
         remark = f"If it needs what {function} returns, nothing is wrong"
         findings.warnings += [f"{problem.message}\n{remark}" for problem in tried.problems]
+    return not tried.problems
 
 
 def _invent_completions(config: TrainingConfig, rows: Dataset) -> dict[str, list[Any]]:
@@ -144,7 +150,7 @@ def _invent_completions(config: TrainingConfig, rows: Dataset) -> dict[str, list
     }
 
 
-def _try_reward(reward: WatchedReward, lists: Mapping[str, list[Any]], *, path: str) -> None:
+def _try_reward(reward: WatchedReward, lists: Mapping[str, list[Any]], *, of: str, path: str) -> None:
     from transformers import TrainerState
 
     def log_extra(column: str, values: list[Any]) -> None:
@@ -162,16 +168,16 @@ def _try_reward(reward: WatchedReward, lists: Mapping[str, list[Any]], *, path: 
         columns = [name for name in lists if name not in ("prompts", "completions", "completion_ids")]
         raise refuse(
             "RewardFunctionFailed",
-            f"{path} fails on {len(completions)} completions of the first rows (columns {join_names(columns)}), all of "
-            f"them {completions[0]!r}:\n{last_lines(error, skip=__file__)}",
+            f"{path} fails on {len(completions)} completions of the first rows of {of} (columns "
+            f"{join_names(columns)}), all of them {completions[0]!r}:\n{last_lines(error, skip=__file__)}",
         ) from error
     odd = [score for score in scores if score is not None and not _is_number(score)]
     if len(scores) != len(completions) or odd:
         what = f"returns {len(scores)} values" if len(scores) != len(completions) else f"returns {odd[0]!r}"
         raise refuse(
             "RewardFunctionFailed",
-            f"{path} {what} for {len(completions)} completions: a reward returns a list with a number, or None where "
-            "it cannot score, for each of them",
+            f"{path} {what} for {len(completions)} completions of the first rows of {of}: a reward returns a "
+            "list with a number, or None where it cannot score, for each of them",
         )
 
 

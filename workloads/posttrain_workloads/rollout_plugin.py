@@ -1,12 +1,17 @@
 """vLLM's plugins of ours: each of its processes finds them by their entry points and calls them when it starts.
 
-It owns what a vLLM server on CPUs needs so that weights can be handed over to it; on GPUs vLLM has all that itself, and
-both do nothing.
+It owns that any server says why it ended, and what one on CPUs needs so that weights can be handed over to it; on GPUs
+vLLM has that itself, and two of them do nothing.
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+from posttrain.contract import environment
 from posttrain_workloads import _compat
+from posttrain_workloads.last_words import leave_last_words
 
 GLOO = "gloo"
 """The back-end's name in --weight-transfer-config."""
@@ -26,6 +31,12 @@ def keep_plain_weights() -> None:
     """Let a server on CPUs compute with the weights that it was handed over last."""
     if _on_cpus():
         _compat.keep_plain_weights()
+
+
+def tell_the_cause() -> None:
+    """Let a server of ours leave its container's message; with vLLM inside a trainer that is the trainer's."""
+    if environment.LISTEN in os.environ and environment.TERMINATION in os.environ:
+        leave_last_words(Path(os.environ[environment.TERMINATION]))
 
 
 def _on_cpus() -> bool:

@@ -97,7 +97,7 @@ def build_server_template(inputs: PodInputs) -> dict[str, Any]:
         own_labels=own_labels,
         shared_memory=profile.shared_memory or memory,
         affinity=_near_each_other(inputs, own_labels) if servers.nodes_per_replica > 1 else {},
-        last_words="FallbackToLogsOnError",  # vLLM writes no message of its own
+        last_words="FallbackToLogsOnError",  # vLLM writes none; where our plugin in it saw no cause, its log's end
         reports=False,
     )
 

@@ -47,7 +47,7 @@ def test_the_second_of_two_runs_in_a_file_starts_from_the_model_of_the_first() -
         check_run(document, data=resolve_paths(document.data, folder=IN_TURN.parent)) for document in documents
     )
 
-    planned = preview_training_run(second, now=T0, settings=Settings(), beside=[first])
+    planned = preview_training_run(second, now=T0, settings=Settings(allow_file_sources=True), beside=[first])
     (config,) = (
         manifest["data"]
         for manifest in planned

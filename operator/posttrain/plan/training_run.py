@@ -101,7 +101,7 @@ def preview_training_run(
 
     Revisions that prepare would resolve stand in the first attempt's config as they are written in the spec, and the
     model of another run where one of `beside`, or of only that name, will put it. Only a cluster knows the number of a
-    workloadPriorityClass, and what the flavors of a queue ask of the pods.
+    workloadPriorityClass, and what the flavors of a queue ask of the pods. The spec must have no problems.
     """
     reference = run.spec.model.run_ref
     runs = {reference.name: foresee_end(reference.name, beside=beside)} if reference is not None else {}

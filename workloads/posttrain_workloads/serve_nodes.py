@@ -70,12 +70,12 @@ class Meeting:
     """Of the first, at which vLLM's processes then meet."""
 
 
-class _End(Exception):
+@dataclass(frozen=True)
+class _End:
     """Why this node ends, and its exit code."""
 
-    def __init__(self, why: str, code: int) -> None:
-        super().__init__(why)
-        self.code = code
+    why: str
+    code: int
 
 
 def serve_together(
@@ -106,7 +106,7 @@ def serve_together(
     # Here signals arrive.
     Thread(target=work, daemon=True).start()
     end = ends.get()
-    _say(f"node {place.node} of {place.nodes} ends: {end}")
+    _say(f"node {place.node} of {place.nodes} ends: {end.why}")
     for process in vllm:
         process.terminate()
         try:

@@ -231,14 +231,21 @@ def logs(
 def samples(
     name: Annotated[str, typer.Argument(metavar="NAME")],
     step: Annotated[int | None, typer.Option(help="Default: the newest that was logged.")] = None,
+    claim: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Of a run in a cluster: where its claim is mounted, or lies as a copy."),
+    ] = None,
     state: State = None,
 ) -> None:
     """Print completions of a step of a grpo run, with their rewards, as they lie in the run's storage."""
-    from posttrain.local.completions import read_completions, render_completions
+    from posttrain.local.completions import read_completions, read_completions_on_claim, render_completions
     from posttrain.local.environments import cache_root
 
-    folder, run = _find_run(name, state=state)
-    found, rows = read_completions(run, folder=folder, step=step, cache=cache_root())
+    if claim is not None:
+        found, rows = read_completions_on_claim(name, claim=claim, step=step, cache=cache_root())
+    else:
+        folder, run = _find_run(name, state=state)
+        found, rows = read_completions(run, folder=folder, step=step, cache=cache_root())
     print(render_completions(rows, step=found))
 
 

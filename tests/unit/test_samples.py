@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.contract.completions import completions_file
 from posttrain.errors import UserError
-from posttrain.local.completions import read_completions, render_completions
+from posttrain.local.completions import read_completions, read_completions_on_claim, render_completions
 from posttrain.local.state import RunFolder
 from tests.support.builders import build_run
 
@@ -68,3 +68,13 @@ def test_a_step_of_which_nothing_is_kept_is_refused(
         read_completions(build_run(**spec), folder=folder, step=7, cache=tmp_path / "cache")
 
     assert str(refused.value).startswith(says)
+
+
+def test_a_folder_that_is_no_claim_of_the_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        read_completions_on_claim("demo", claim=tmp_path, step=None, cache=tmp_path / "cache")
+
+    assert str(refused.value) == (
+        f"demo has no completions: there is no {tmp_path}/demo/completions. --claim takes the folder where the run's "
+        "claim is mounted"
+    )

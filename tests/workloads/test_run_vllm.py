@@ -69,6 +69,9 @@ def test_a_run_with_vllm_inside_its_ranks_samples_each_step_with_the_weights_of_
     differences = [entry["sampling/sampling_logp_difference/mean"] for entry in steps]
     assert max(differences) < 1e-4
     assert [samples(command, step) for step in (1, 2, 3)] == [{"step-0"}, {"step-1"}, {"step-2"}]
+    claim = command.folder / "claim"  # as a run in a cluster leaves it there
+    shutil.copytree(command.run_folder.storage / "completions", claim / "tiny" / "completions")
+    assert samples(command, 3, "--claim", "claim", "--state", "nowhere") == {"step-2"}
     for rank in (0, 1):
         assert [(seen["step"], seen["equal"]) for seen in rollouts(command, rank=rank)] == [
             (step, [True]) for step in (0, 1, 2)
@@ -247,10 +250,10 @@ def rollouts(command: Command, *, rank: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def samples(command: Command, step: int) -> set[str]:
+def samples(command: Command, step: int, *options: str) -> set[str]:
     """Return the versions of the weights that the completions of a step are shown with."""
     done = subprocess.run(
-        [POSTTRAIN, "samples", "tiny", "--step", str(step)],
+        [POSTTRAIN, "samples", "tiny", "--step", str(step), *options],
         cwd=command.folder,
         capture_output=True,
         text=True,

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from posttrain.api.training_run import TrainingRun
 from posttrain.contract.completions import COMPLETIONS_FOLDER, completions_file, step_of_file
 from posttrain.errors import UserError
 from posttrain.local.environments import ensure_environment
+from posttrain.local.packages import link_packages
 from posttrain.local.state import RunFolder
 
 _REWARD = "reward/"
@@ -53,7 +55,7 @@ class Newest:
 
 def newest_completions(run: TrainingRun, *, folder: RunFolder, cache: Path) -> Newest | None:
     """Return the completions of the newest step, or None where none are kept."""
-    steps = kept_steps(folder)
+    steps = kept_steps(folder.storage)
     if not steps:
         return None
     try:
@@ -69,33 +71,58 @@ def read_completions(run: TrainingRun, *, folder: RunFolder, step: int | None, c
     Raises:
         UserError: nothing is kept of it, or it cannot be read.
     """
-    steps = kept_steps(folder)
+    name = run.metadata.name
+    why = "it has logged no step yet" if run.spec.grpo else "only runs with grpo generate any"
+    wanted = _choose_step(name, storage=folder.storage, step=step, why=why)
+    interpreter = ensure_environment(run.spec.image_name, cache=cache, report=lambda line: print(line, file=sys.stderr))
+    return wanted, _read(name, folder.storage / completions_file(wanted), interpreter, packages=folder.packages)
+
+
+def read_completions_on_claim(name: str, *, claim: Path, step: int | None, cache: Path) -> tuple[int, list[Row]]:
+    """Return the same of a run in a cluster: `claim` is where its claim is mounted, or lies as a copy.
+
+    Raises:
+        UserError: nothing is kept of it, or it cannot be read.
+    """
+    storage = claim / name  # as every pod mounts it
+    why = f"there is no {storage / COMPLETIONS_FOLDER}. --claim takes the folder where the run's claim is mounted"
+    wanted = _choose_step(name, storage=storage, step=step, why=why)
+    interpreter = ensure_environment("trainer", cache=cache, report=lambda line: print(line, file=sys.stderr))
+    with TemporaryDirectory(prefix="posttrain-") as packages:
+        link_packages(Path(packages))
+        return wanted, _read(name, storage / completions_file(wanted), interpreter, packages=Path(packages))
+
+
+def _choose_step(name: str, *, storage: Path, step: int | None, why: str) -> int:
+    steps = kept_steps(storage)
     if not steps:
-        why = "it has logged no step yet" if run.spec.grpo else "only runs with grpo generate any"
-        raise UserError(f"{run.metadata.name} has no completions: {why}")
+        raise UserError(f"{name} has no completions: {why}")
     wanted = steps[-1] if step is None else step
     if wanted not in steps:
         raise UserError(
-            f"{run.metadata.name} has no completions of step {wanted}; there are {len(steps)} steps, from {steps[0]} "
-            f"to {steps[-1]} (spec.grpo.args.logging_steps says which)"
+            f"{name} has no completions of step {wanted}; there are {len(steps)} steps, from {steps[0]} to {steps[-1]} "
+            "(spec.grpo.args.logging_steps says which)"
         )
-    interpreter = ensure_environment(run.spec.image_name, cache=cache, report=lambda line: print(line, file=sys.stderr))
+    return wanted
+
+
+def _read(name: str, file: Path, interpreter: Path, *, packages: Path) -> list[Row]:
     done = subprocess.run(
-        [interpreter, "-m", "posttrain_workloads.completions", folder.storage / completions_file(wanted)],
-        env={**os.environ, "PYTHONPATH": str(folder.packages)},
+        [interpreter, "-m", "posttrain_workloads.completions", file],
+        env={**os.environ, "PYTHONPATH": str(packages)},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise UserError(f"{completions_file(wanted)} of {run.metadata.name} cannot be read:\n{done.stderr.strip()}")
+        raise UserError(f"{file.name} of {name} cannot be read:\n{done.stderr.strip()}")
     rows: list[Row] = json.loads(done.stdout)
-    return wanted, rows
+    return rows
 
 
-def kept_steps(folder: RunFolder) -> list[int]:
+def kept_steps(storage: Path) -> list[int]:
     """Return the steps of which completions are kept."""
-    kept = folder.storage / COMPLETIONS_FOLDER
+    kept = storage / COMPLETIONS_FOLDER
     names = [file.name for file in kept.iterdir()] if kept.is_dir() else []
     return sorted(found for name in names if (found := step_of_file(name)) is not None)
 

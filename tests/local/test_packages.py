@@ -38,4 +38,4 @@ def test_the_folder_has_the_packages_and_their_entry_points_and_nothing_else(tmp
     where, plugins = told.stdout.splitlines()
     assert where.startswith(f"{folder}/posttrain/__init__.py ")
     assert not where.endswith("+source")
-    assert plugins == "posttrain_gloo posttrain_last_words posttrain_plain_weights"
+    assert plugins == "posttrain_gloo posttrain_last_words posttrain_plain_weights posttrain_seeds"

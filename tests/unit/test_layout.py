@@ -97,4 +97,5 @@ def test_the_wheel_holds_both_packages_and_the_locks(tmp_path: Path) -> None:
         "posttrain_gloo = posttrain_workloads.rollout_plugin:register_gloo",
         "posttrain_last_words = posttrain_workloads.rollout_plugin:tell_the_cause",
         "posttrain_plain_weights = posttrain_workloads.rollout_plugin:keep_plain_weights",
+        "posttrain_seeds = posttrain_workloads.rollout_plugin:vary_seeds",
     ]

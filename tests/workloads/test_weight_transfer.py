@@ -129,6 +129,7 @@ def found(
         for server in (first, packed):
             wait_for(server.is_ready, what=str(server.log), seconds=START_SECONDS)
         print(f"two servers: {time.monotonic() - began:.0f} s to their start")
+        alike = first_completions(first, of_each=2)  # of a server that has drawn nothing yet
 
         taken = ending.enter_context(socket.create_server(("", 0)))  # by another run on this machine, say
         servers = [first.url, packed.url]
@@ -171,7 +172,23 @@ def found(
         case = {"model": str(tiny_model), "server": first.url, "port": free_port()}
         sharded = Process(vllm_python, folder / "shards", {"shards": case}, ranks=2)
         ending.callback(sharded.kill)
-        yield {**answers, **sharded.answers(), "servers": servers, "copies": copies_that_generated(first)}
+        yield {
+            **answers,
+            **sharded.answers(),
+            "servers": servers,
+            "copies": copies_that_generated(first),
+            "alike": alike,
+        }
+
+
+def first_completions(server: Server, *, of_each: int) -> list[str]:
+    """Return completions of one prompt, which are dealt out to the copies of the model."""
+    asked = {"prompt": [5, 6, 7, 8], "n": of_each, "max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return [choice["text"] for choice in json.load(answer)["choices"]]
 
 
 def copies_that_generated(server: Server) -> list[str]:
@@ -217,6 +234,11 @@ def test_every_server_answers_as_the_model_does_after_each_hand_over(found: dict
 
 def test_the_copies_of_a_server_share_the_prompts(found: dict[str, Any]) -> None:
     assert found["copies"] == ["0", "1"]
+
+
+def test_the_copies_of_a_server_do_not_draw_the_same_numbers(found: dict[str, Any]) -> None:
+    one, other = found["alike"]
+    assert one != other
 
 
 def test_a_server_gets_whole_weights_of_ranks_that_have_halves_of_them(found: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ It owns every use of a library's private names; it must not hold anything that a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import threading
@@ -252,6 +253,32 @@ def keep_plain_weights() -> None:
             packing(layer, remove_weight)
 
     layers.dispatch_cpu_unquantized_gemm = plain
+
+
+def vary_seeds() -> None:
+    """Let each copy of the model in a vLLM server draw numbers of its own.
+
+    vLLM 0.31 seeds the workers of all data parallel ranks alike (`set_random_seed(self.model_config.seed)` in
+    v1/worker/gpu_worker.py and cpu_worker.py) and deals the `n` completions of a prompt out to them: the first ones of
+    two copies would be the same, which is no group to compare. TRL gives each of its own engines another seed. Goes
+    when a rank's number is in its seed. Processes that are forked of one that has called it have it already.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    begin = WorkerBase.__init__
+    if getattr(begin, _OWN_SEED, False):
+        return
+
+    @functools.wraps(begin)
+    def begin_with_own_seed(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, vllm_config, *args, **kwargs)
+        self.model_config.seed += vllm_config.parallel_config.data_parallel_index
+
+    setattr(begin_with_own_seed, _OWN_SEED, True)
+    WorkerBase.__init__ = begin_with_own_seed
+
+
+_OWN_SEED = "posttrain_own_seed"
 
 
 def load_to_numbered_cpus() -> None:

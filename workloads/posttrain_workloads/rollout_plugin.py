@@ -1,7 +1,7 @@
 """vLLM's plugins of ours: each of its processes finds them by their entry points and calls them when it starts.
 
-It owns that any server says why it ended, and what one on CPUs needs so that weights can be handed over to it; on GPUs
-vLLM has that itself, and two of them do nothing.
+It owns that any server says why it ended and draws numbers of its own, and what one on CPUs needs so that weights can
+be handed over to it; on GPUs vLLM has that itself, and two of them do nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def keep_plain_weights() -> None:
     """Let a server on CPUs compute with the weights that it was handed over last."""
     if _on_cpus():
         _compat.keep_plain_weights()
+
+
+def vary_seeds() -> None:
+    """Let the copies of the model in a server complete a prompt differently."""
+    _compat.vary_seeds()
 
 
 def tell_the_cause() -> None:

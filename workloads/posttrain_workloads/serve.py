@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from posttrain.api.servers import RolloutServers
 from posttrain.contract import environment
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.arguments import training_args
@@ -74,6 +75,7 @@ def serve_options(config: TrainingConfig, *, folder: Path, environ: Mapping[str,
         *("--dtype", serve_dtype(config, folder=folder, environ=environ)),
         *("--tensor-parallel-size", str(config.spec.server_engine_size)),
         *("--data-parallel-size", str(servers.data_parallel_size)),
+        *("--seed", str(_seed(servers, environ=environ))),
         *("--weight-transfer-config", json.dumps({"backend": backend})),
         *("--logprobs-mode", "processed_logprobs"),
         *("--max-logprobs", "-1"),
@@ -85,8 +87,16 @@ def serve_options(config: TrainingConfig, *, folder: Path, environ: Mapping[str,
     if on_cpus and not {"enforce-eager", "no-enforce-eager"} & servers.args.keys():
         options.append("--enforce-eager")  # compiling takes minutes there
     for name, value in servers.args.items():
-        options += write_option(name, value)
+        if name != "seed":
+            options += write_option(name, value)
     return options
+
+
+def _seed(servers: RolloutServers, *, environ: Mapping[str, str]) -> int:
+    """Return the seed of a server's first copy of the model; each further copy adds one, by a plugin of ours."""
+    server = int(environ[environment.POD_NAME].rpartition("-")[2]) // servers.nodes_per_replica
+    given = servers.args.get("seed", 0)
+    return (given if isinstance(given, int) else 0) + server * servers.data_parallel_size
 
 
 def serve_dtype(config: TrainingConfig, *, folder: Path, environ: Mapping[str, str]) -> str:

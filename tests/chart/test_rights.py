@@ -80,7 +80,7 @@ CALLS: dict[tuple[str, str, str], Iterable[Kind]] = {
     ("lease", "release", "get"): (LEASE,),
     ("progress", "_fold_into_status", "apply_status"): (TRAINING_RUN,),
     ("progress", "_read", "get"): (TRAINING_RUN,),
-    ("queues", "_read", "list"): (RESOURCE_FLAVOR, WORKLOAD_PRIORITY_CLASS),
+    ("queues", "_ask", "list"): (RESOURCE_FLAVOR, WORKLOAD_PRIORITY_CLASS),
     ("reconciler", "_create", "create"): PLANNED,
     ("reconciler", "_delete", "delete"): DELETED,
     ("reconciler", "_find", "get"): SEEN,

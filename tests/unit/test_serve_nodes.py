@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -109,6 +110,15 @@ def server(tmp_path: Path) -> Iterator[Server]:
         process.communicate()
 
 
+def start_all_but_the_last(server: Server) -> IO[str]:
+    """Start the second node and the first, and wait until they have met; return what the first one says after that."""
+    server.start(1)
+    first = server.start(0).stdout
+    assert first is not None
+    assert first.readline() == "posttrain: node 1 is there, 2 of 3\n"
+    return first
+
+
 def is_well(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://{LOOPBACK}:{port}/health", timeout=5) as answer:
@@ -129,11 +139,7 @@ def test_a_pod_beyond_the_last_server_is_an_error() -> None:
 
 
 def test_vllm_starts_on_every_node_when_the_last_is_there(server: Server) -> None:
-    server.start(1)
-    server.start(0)
-    first = server.processes[0].stdout
-    assert first is not None
-    assert first.readline() == "posttrain: node 1 is there, 2 of 3\n"
+    start_all_but_the_last(server)
     assert server.started() == set()
 
     server.start(2)
@@ -182,11 +188,7 @@ def test_a_node_that_is_asked_to_end_ends_its_vllm(server: Server) -> None:
 
 
 def test_nodes_that_were_started_anew_while_the_first_waits_come_again(server: Server) -> None:
-    server.start(0)
-    server.start(1)
-    first = server.processes[0].stdout
-    assert first is not None
-    assert first.readline() == "posttrain: node 1 is there, 2 of 3\n"
+    first = start_all_but_the_last(server)
     server.processes[1].kill()
     server.processes[1].communicate()
     server.start(1)
@@ -197,16 +199,11 @@ def test_nodes_that_were_started_anew_while_the_first_waits_come_again(server: S
 
 
 def test_who_does_not_know_the_key_is_no_node(server: Server) -> None:
-    server.start(0)
-    server.start(1)
-    first = server.processes[0].stdout
-    assert first is not None
-    assert first.readline() == "posttrain: node 1 is there, 2 of 3\n"
+    first = start_all_but_the_last(server)
     server.start(2, key="guessed")
     assert "without this run's key" in first.readline()
     with socket.create_connection((LOOPBACK, server.port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        while "JSONDecodeError" not in first.readline():
-            pass  # the other one comes again and again
+        assert any("JSONDecodeError" in line for line in first)  # the other one comes again and again
     assert server.started() == set()
     assert os.waitid(os.P_PID, server.processes[0].pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None

@@ -12,7 +12,7 @@ from posttrain.plan.attempts import NON_FINITE, completed_result, find_cause, se
 from posttrain.plan.children import waiting_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
 from posttrain.plan.quota import withdraw
-from posttrain.plan.signal import find_loss
+from posttrain.plan.signal import find_loss, say_non_finite
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says, Verdict
 from posttrain.plan.verdicts import (
@@ -37,8 +37,7 @@ def non_finite(situation: Situation) -> Verdict | None:
     progress = situation.attempt_progress
     if progress is None or progress.non_finite is None or situation.run.spec.restarts.on_non_finite == "Warn":
         return None
-    found = progress.non_finite
-    cause = build_cause(situation, NON_FINITE, f"{found.metric} was not finite at step {found.step}")
+    cause = build_cause(situation, NON_FINITE, say_non_finite(progress.non_finite))
     return stop_non_finite(situation, cause)
 
 

@@ -97,13 +97,14 @@ def find_end(pods: Iterable[Manifest], *, container: str, asked: bool = True) ->
     With its last words. It is the first of those that ended by themselves, if any did; then, unless `asked` is False,
     of those that were asked to.
     """
-    told = [(end, name) for pod in pods if (end := _end_of(pod, container)) for name in [pod["metadata"]["name"]]]
-    by_themselves = [one for one in told if one[0].get("exitCode") != ExitCode.TERMINATED]
-    for end, name in by_themselves or (told if asked else ()):
-        words = str(end.get("message") or end.get("reason") or "no message").strip().splitlines()
-        said = "\n".join(words[-_SHOWN_LINES:])
-        return f"pod {name} ends with exit code {end.get('exitCode')}: {said}"
-    return None
+    ends = [(pod, end) for pod in pods if (end := _end_of(pod, container)) is not None]
+    by_themselves = [one for one in ends if one[1].get("exitCode") != ExitCode.TERMINATED]
+    pod, end = next(iter(by_themselves or (ends if asked else ())), (None, None))
+    if pod is None or end is None:
+        return None
+    words = str(end.get("message") or end.get("reason") or "no message").strip().splitlines()
+    said = "\n".join(words[-_SHOWN_LINES:])
+    return f"pod {pod['metadata']['name']} ends with exit code {end.get('exitCode')}: {said}"
 
 
 def _end_of(pod: Manifest, container: str) -> Mapping[str, Any] | None:

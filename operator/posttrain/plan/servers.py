@@ -42,10 +42,8 @@ def _explain_silence(situation: Situation) -> Says | None:
     for pod in situation.server_pods:
         name, deleted = pod["metadata"]["name"], silent_from(pod)
         if deleted is not None and deleted <= situation.now:
-            told = (
-                f"pod {name} was deleted, and node {node_name(pod)} does not say that it has ended: no other one bears "
-            )
-            return Says("Unknown", "NodeUnreachable", f"{told}its name. {how_to_release(pod)}")
+            told = f"pod {name} was deleted, and node {node_name(pod)} does not say that it has ended"
+            return Says("Unknown", "NodeUnreachable", f"{told}: no other one bears its name. {how_to_release(pod)}")
         if is_out_of_sight(pod):
             told = f"node {node_name(pod)} does not answer: whether {name} still serves is not known"
             return Says("Unknown", "NodeUnreachable", told)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pydantic.alias_generators import to_camel
 
 from posttrain.api.signal import SignalPolicy
+from posttrain.api.training_run_status import NonFiniteReport
 from posttrain.plan.attempts import NON_FINITE
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says
@@ -47,9 +48,14 @@ def find_losses(situation: Situation) -> tuple[Loss, ...]:
         if check.REASON in found
     ]
     if progress.non_finite is not None and situation.run.spec.restarts.on_non_finite == "Warn":
-        message = f"{progress.non_finite.metric} was not finite at step {progress.non_finite.step}"
+        message = say_non_finite(progress.non_finite)
         losses.insert(0, Loss(reason=NON_FINITE, message=message, policy="Warn", field="spec.restarts.onNonFinite"))
     return tuple(sorted(losses, key=lambda loss: _WORST_FIRST.index(loss.policy)))
+
+
+def say_non_finite(found: NonFiniteReport) -> str:
+    """Return what was not finite, and when."""
+    return f"{found.metric} was not finite at step {found.step}"
 
 
 def find_loss(situation: Situation) -> Loss | None:

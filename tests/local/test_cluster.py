@@ -37,7 +37,8 @@ BY_NODE = "import os\nmaster = os.environ['RANK'] == '0'\n"
 
 
 def test_a_job_runs_one_pod_a_node_and_succeeds_with_its_master(cluster: LocalCluster, pids: Path) -> None:
-    cluster.apply(build_job(TELL + "time.sleep(0.2)", workers=1, env=env(pids)))
+    until_told = "while not pathlib.Path(os.environ['PIDS'], 'end').exists(): time.sleep(0.01)"
+    cluster.apply(build_job(TELL + until_told, workers=1, env=env(pids)))
 
     started = cluster.observe()
     assert phases(started) == {MASTER: "Running", WORKER: "Running"}
@@ -46,6 +47,7 @@ def test_a_job_runs_one_pod_a_node_and_succeeds_with_its_master(cluster: LocalCl
         "Master": {"active": 1},
         "Worker": {"active": 1},
     }
+    (pids / "end").touch()
     ended = await_observed(cluster, lambda o: has_condition(o, PYTORCHJOB, "Succeeded"), what="the end")
 
     status = ended.objects[PYTORCHJOB]["status"]

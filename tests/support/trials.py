@@ -23,7 +23,8 @@ from tests.support.lives import Done, Life
 from tests.support.operator_process import OperatorProcess
 
 LIFE_SECONDS = 120.0
-_COLLECTED_SECONDS = 30.0
+_COLLECTED_SECONDS = 120.0
+"""The garbage collector of a cluster that has just begun takes up to a minute to know a kind that came after it."""
 _CHILDREN = "pytorchjobs,jobs,pods,configmaps,serviceaccounts,persistentvolumeclaims,networkpolicies"
 _COUNTED = frozenset({"pytorchjobs", "jobs", "pods", "configmaps", "serviceaccounts", "networkpolicies"})
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from posttrain.contract import environment
 from posttrain.contract.result import ExitCode
 from posttrain.control.kinds import DEPLOYMENT, NETWORK_POLICY, PYTORCHJOB, STATEFUL_SET
@@ -49,8 +51,12 @@ def servers_answer(bench: Bench) -> None:
 
 
 def server_answers(bench: Bench, index: int) -> None:
+    answers(bench, f"demo-server-{index}")
+
+
+def answers(bench: Bench, pod: str) -> None:
     bench.others.set_pod_status(
-        f"demo-server-{index}",
+        pod,
         phase="Running",
         conditions=[{"type": "Ready", "status": "True"}],
         containerStatuses=[{"name": "vllm", "ready": True, "restartCount": 0, "state": {"running": {}}}],
@@ -108,6 +114,57 @@ def test_a_server_of_several_nodes_answers_when_all_of_them_do() -> None:
     meetings, addresses = of_a_server[environment.SERVER_NODES], of_the_gang[environment.ROLLOUT_SERVERS]
     assert meetings == "http://demo-server-0.demo-server:8001,http://demo-server-2.demo-server:8001"
     assert addresses == "http://demo-server-0.demo-server:8000,http://demo-server-2.demo-server:8000"
+
+
+@pytest.mark.parametrize("copy", ["debug", "demo-server-debug", "demo-server-2", "demo-server-01"])
+def test_the_copy_of_a_servers_pod_is_no_server_and_keeps_nobody_from_looking_after_the_run(copy: str) -> None:
+    bench = Bench()
+    submit(bench)
+    sandbox_serves(bench)
+    server_answers(bench, 0)
+    bench.others.copy_pod("demo-server-0", to=copy)
+    answers(bench, copy)
+    assert bench.condition("ServerReady").message == "1 of 2 servers answer"
+    assert bench.others.job(1) is None
+
+    server_answers(bench, 1)
+    bench.others.make_pods()
+    bench.others.run_pods(1)
+    bench.settle()
+    bench.others.fail_gang(1, exit_code=138)
+    bench.settle()
+    assert (bench.status.stage, bench.status.attempt) == ("Restarting", 2)
+
+
+def test_a_server_whose_pod_is_refused_says_why_beside_a_copy_of_another_one() -> None:
+    bench = Bench()
+    submit(bench)
+    bench.others.remove_pod("demo-server-1")
+    bench.others.copy_pod("demo-server-0", to="debug")
+    message = "Create Pod demo-server-1 in StatefulSet demo-server failed error: exceeded quota: team"
+    bench.others.put_event(STATEFUL_SET, "demo-server", reason="FailedCreate", message=message)
+    bench.wait(60)
+    bench.settle()
+
+    assert bench.says("ServerReady") == ("False", "QuotaExceeded")
+    assert bench.condition("ServerReady").message == "1 of 2 pods cannot be created: exceeded quota: team"
+
+
+def test_a_copy_of_a_servers_pod_does_not_keep_a_run_from_being_suspended_and_going_on() -> None:
+    bench = Bench()
+    submit(bench)
+    sandbox_serves(bench)
+    servers_answer(bench)
+    bench.others.copy_pod("demo-server-0", to="debug")
+    answers(bench, "debug")
+    bench.others.change_run(suspend=True)
+    bench.settle()
+    bench.others.finish_deletions()
+    bench.settle()
+
+    bench.others.change_run(suspend=False)
+    bench.settle()
+    assert bench.names(DEPLOYMENT, STATEFUL_SET) == SERVICES
 
 
 def test_a_node_that_waits_for_another_one_ends_with_nobodys_fault() -> None:

@@ -232,6 +232,14 @@ class Controllers:
 
     # --- People ------------------------------------------------------------------------------------------------------
 
+    def copy_pod(self, name: str, *, to: str) -> None:
+        """Make a copy of a pod to look into, as by `kubectl debug --copy-to --keep-labels`: nobody owns it."""
+        pod = self.find(POD, name)
+        assert pod is not None, f"pod {name} is there"
+        metadata = {"name": to, "namespace": self._namespace, "labels": deepcopy(pod["metadata"]["labels"])}
+        copy = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod["spec"]}
+        self._cluster.put({**copy, "status": {"phase": "Pending"}})
+
     def put_event(self, kind: Kind, name: str, *, reason: str, message: str) -> None:
         """Let its controller, or a pod's kubelet, say something about an object."""
         about = self.find(kind, name)

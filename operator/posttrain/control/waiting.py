@@ -24,7 +24,7 @@ from posttrain.plan.manifests import (
 )
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref, parse_job_state
-from posttrain.plan.rollout_servers import servers_ref
+from posttrain.plan.rollout_servers import find_servers, servers_ref
 from posttrain.plan.types import Manifest
 
 PATIENCE = timedelta(seconds=30)
@@ -91,7 +91,7 @@ def _maker_without_pods(run: TrainingRun, belongings: Belongings) -> Manifest | 
     if job is not None and pods < run.spec.resources.num_nodes and parse_job_state(job).phase == "Pending":
         return job
     servers, wanted = belongings.objects.get(servers_ref(run.metadata.name)), run.spec.rollout_servers
-    if servers is None or wanted is None or len(pods_of_role(belongings.pods, labels.ROLE_SERVER)) >= wanted.pods:
+    if servers is None or wanted is None or len(find_servers(run, belongings.pods)) >= wanted.pods:
         return None
     return servers
 

@@ -15,6 +15,7 @@ PREPARE_ATTEMPT = 0
 """The number under which prepare reports; attempts of the gang count from 1."""
 
 _ATTEMPT = re.compile(r"^(?P<run>.+)-a(?P<attempt>[1-9][0-9]*)$")
+_SERVER_POD = re.compile(r"^(?P<servers>.+)-(?P<ordinal>0|[1-9][0-9]*)$")
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _RESOURCE_PATH = re.compile(
     rf"apis/{re.escape(GROUP)}/v1alpha1/namespaces/(?P<namespace>{_LABEL})/trainingruns/(?P<run>{_LABEL})"
@@ -54,6 +55,12 @@ def prepare_name(run: str) -> str:
 def server_name(run: str) -> str:
     """Return the name of the StatefulSet of the run's rollout servers, of its Service and of its ConfigMap."""
     return f"{run}-server"
+
+
+def server_ordinal(run: str, *, name: str) -> int | None:
+    """Return the ordinal of that pod among those of the run's rollout servers, or None for any other pod."""
+    match = _SERVER_POD.match(name)
+    return int(match["ordinal"]) if match and match["servers"] == server_name(run) else None
 
 
 def server_key_name(run: str, *, uid: str) -> str:

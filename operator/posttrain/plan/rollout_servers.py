@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from posttrain.api.servers import RolloutServers
 from posttrain.api.training_run import TrainingRun
 from posttrain.plan import labels, names
-from posttrain.plan.manifests import container_status, is_being_deleted, pod_condition
+from posttrain.plan.manifests import container_status, is_being_deleted, pod_condition, pods_of_role
 from posttrain.plan.objects import build_metadata
 from posttrain.plan.pod_inputs import SERVER_KEY, SERVER_PORT, PodInputs
 from posttrain.plan.trainer_pod import SERVER_CONTAINER, build_server_template
@@ -98,6 +97,15 @@ def _selector(run: TrainingRun) -> dict[str, str]:
 # --- What their pods tell --------------------------------------------------------------------------------------------
 
 
+def find_servers(run: TrainingRun, pods: Iterable[Manifest]) -> tuple[Manifest, ...]:
+    """Return those of the pods that the servers consist of, the earliest created first.
+
+    By their names, too: a copy that somebody makes of one, to look into it, bears the same labels.
+    """
+    wanted = run.spec.rollout_servers.pods if run.spec.rollout_servers is not None else 0
+    return tuple(pod for pod in pods_of_role(pods, labels.ROLE_SERVER) if _ordinal(run, pod) in range(wanted))
+
+
 def is_ready(pod: Manifest) -> bool:
     """Return whether a server answers."""
     ready = pod_condition(pod, "Ready")
@@ -114,11 +122,15 @@ def count_restarts(pods: Iterable[Manifest]) -> dict[str, int]:
     return {pod["metadata"]["uid"]: restarts for pod in pods if (restarts := restarts_of(pod))}
 
 
-def count_ready(pods: Iterable[Manifest], *, servers: RolloutServers) -> int:
+def count_ready(run: TrainingRun, pods: Iterable[Manifest]) -> int:
     """Return how many servers answer, with all of their nodes."""
-    ready = Counter(_ordinal(pod) // servers.nodes_per_replica for pod in pods if is_ready(pod))
+    servers = run.spec.rollout_servers
+    if servers is None:
+        return 0
+    ordinals = (_ordinal(run, pod) for pod in pods if is_ready(pod))
+    ready = Counter(ordinal // servers.nodes_per_replica for ordinal in ordinals if ordinal is not None)
     return sum(1 for nodes in ready.values() if nodes == servers.nodes_per_replica)
 
 
-def _ordinal(pod: Manifest) -> int:
-    return int(pod["metadata"]["name"].rpartition("-")[2])
+def _ordinal(run: TrainingRun, pod: Manifest) -> int | None:
+    return names.server_ordinal(run.metadata.name, name=pod["metadata"]["name"])

@@ -34,7 +34,7 @@ def explain_servers(situation: Situation) -> Says:
     ended = find_end(pods, container=SERVER_CONTAINER)
     if ended is not None:
         return Says("False", "CrashLooping", ended)
-    return Says("False", "Loading", f"{count_ready(pods, servers=servers)} of {servers.replicas} servers answer")
+    return Says("False", "Loading", f"{count_ready(situation.run, pods)} of {servers.replicas} servers answer")
 
 
 def _explain_silence(situation: Situation) -> Says | None:

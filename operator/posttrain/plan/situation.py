@@ -23,7 +23,7 @@ from posttrain.plan.manifests import is_live, is_of_attempt, pods_of_role
 from posttrain.plan.objects import code_files
 from posttrain.plan.pytorchjob import job_ref, parse_job_state
 from posttrain.plan.references import RunState, parse_run_state
-from posttrain.plan.rollout_servers import count_ready, servers_config_ref, servers_ref
+from posttrain.plan.rollout_servers import count_ready, find_servers, servers_config_ref, servers_ref
 from posttrain.plan.types import Manifest, ObjectRef, Observed
 from posttrain.settings import Profile, Settings
 
@@ -166,7 +166,7 @@ class Situation:
     @cached_property
     def server_pods(self) -> tuple[Manifest, ...]:
         """The pods of the rollout servers."""
-        return pods_of_role(self.observed.pods, labels.ROLE_SERVER)
+        return find_servers(self.run, self.observed.pods)
 
     @cached_property
     def live_server_pods(self) -> tuple[Manifest, ...]:
@@ -177,7 +177,7 @@ class Situation:
     def servers_ready(self) -> bool:
         """Whether every rollout server answers that the run is to have; also without any."""
         servers = self.run.spec.rollout_servers
-        return servers is None or count_ready(self.server_pods, servers=servers) >= servers.replicas
+        return servers is None or count_ready(self.run, self.server_pods) >= servers.replicas
 
     @cached_property
     def gang(self) -> Gang:

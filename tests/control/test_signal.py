@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from posttrain.contract.facts import NonFinite, SignalLost, SignalRegained, Started
 from posttrain.contract.result import Result
-from posttrain.control.kinds import PYTORCHJOB
+from posttrain.control.kinds import CONFIG_MAP, PYTORCHJOB
 from tests.support.bench import Bench
 from tests.support.builders import GRPO
 
@@ -98,6 +99,45 @@ def test_whoever_changes_his_mind_about_a_loss_that_was_no_number_is_heard_at_on
     bench.settle()
     assert (bench.status.stage, bench.status.attempt) == ("Suspended", 2)
     assert "(spec.restarts.onNonFinite)" in bench.condition("Succeeded").message
+
+
+@pytest.mark.parametrize("before", ["Suspend", "Fail"])
+def test_a_gang_that_ends_at_a_loss_that_is_only_to_be_a_warning_since_is_held_and_goes_on(before: str) -> None:
+    bench = Bench()
+    bench.submit(restarts={"onNonFinite": before})
+    begin(bench, attempt=1)
+
+    bench.others.change_run(restarts={"onNonFinite": "Warn"})
+    bench.settle()
+    bench.others.tell(NonFinite(metric="loss", step=7), attempt=1)
+    bench.settle()
+    assert bench.status.stage == "Training"
+    said = "loss was not finite at step 7"
+    bench.others.fail_gang(1, exit_code=1, result=Result(reason="NonFiniteLoss", message=said))
+    bench.settle()
+    failure = bench.status.failure
+    assert (bench.status.stage, bench.status.attempt) == ("Suspended", 2)
+    assert (failure and failure.reason, bench.says("Succeeded")) == ("NonFiniteLoss", ("False", "NonFiniteLoss"))
+    assert "(spec.restarts.onNonFinite was not Warn when the attempt began)" in bench.condition("Succeeded").message
+
+    for suspend in (True, False):
+        bench.others.change_run(suspend=suspend)
+        bench.settle()
+    begin(bench, attempt=2)
+    assert bench.status.stage == "Training"
+    config = bench.others.find(CONFIG_MAP, "demo-a2")
+    assert config is not None
+    assert json.loads(config["data"]["config.json"])["spec"]["restarts"]["onNonFinite"] == "Warn"
+
+
+def test_a_gang_that_ends_at_a_loss_that_is_to_be_the_end_since_ends_the_run() -> None:
+    bench = Bench()
+    bench.submit(restarts={"onNonFinite": "Suspend"})
+    begin(bench, attempt=1)
+    bench.others.change_run(restarts={"onNonFinite": "Fail"})
+    bench.others.fail_gang(1, exit_code=1, result=Result(reason="NonFiniteLoss", message="loss was not finite"))
+    bench.settle()
+    assert (bench.status.stage, bench.says("Succeeded")) == ("Failed", ("False", "NonFiniteLoss"))
 
 
 def test_a_suspension_ends_the_attempt_at_no_cost_until_the_checks_are_changed() -> None:

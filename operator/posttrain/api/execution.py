@@ -110,7 +110,8 @@ class Restarts(ApiModel):
         default="Fail",
         description="What follows a NaN or infinite loss or gradient norm: the end (Fail), a suspension (Suspend), or "
         "an event and the condition SignalHealthy while the run goes on (Warn). Warn counts from the next attempt on, "
-        "the others at once, also for what was found before. Default: Fail.",
+        "and suspends the run where the present one ends at such a number; the others count at once, also for what was "
+        "found before. Default: Fail.",
         examples=["Fail"],
     )
     avoid_nodes: bool = Field(

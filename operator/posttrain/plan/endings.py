@@ -105,7 +105,7 @@ def signal_lost(situation: Situation) -> Verdict | None:
     if loss is None:
         return None
     cause = build_cause(situation, loss.reason, loss.message)
-    return hold(situation, cause, field=loss.field, kept=True) if loss.policy == "Suspend" else fail(situation, cause)
+    return hold(situation, cause, why=loss.field, kept=True) if loss.policy == "Suspend" else fail(situation, cause)
 
 
 def attempt_failed(situation: Situation) -> Verdict | None:

@@ -285,16 +285,21 @@ def _failure(situation: Situation, cause: Cause) -> FailureStatus:
 
 
 def stop_non_finite(situation: Situation, cause: Cause) -> Verdict:
-    """Return the verdict on a loss that was not finite, and ended its gang: also where the next would go on (Warn)."""
-    if situation.run.spec.restarts.on_non_finite == "Suspend":
-        return hold(situation, cause, field="spec.restarts.onNonFinite")
-    return fail(situation, cause)
+    """Return the verdict on a loss that was not finite, and ended its gang.
+
+    Under Warn only a gang ends at one that began before the user wrote that, who does not want the run to be lost.
+    """
+    policy, field = situation.run.spec.restarts.on_non_finite, "spec.restarts.onNonFinite"
+    if policy == "Fail":
+        return fail(situation, cause)
+    why = field if policy == "Suspend" else f"{field} was not Warn when the attempt began"
+    return hold(situation, cause, why=why)
 
 
-def hold(situation: Situation, cause: Cause, *, field: str, kept: bool = False) -> Verdict:
-    """Return the commit of a suspension that the user chose, by `field`, for the case that the cause names."""
+def hold(situation: Situation, cause: Cause, *, why: str, kept: bool = False) -> Verdict:
+    """Return the commit of a suspension in the case that the cause names; `why` names the field that asks for it."""
     message = (
-        f"{cause.message}: the run is suspended ({field}). Change what may be changed, "
+        f"{cause.message}: the run is suspended ({why}). Change what may be changed, "
         "or set spec.suspend to true and back to false, to go on from the latest checkpoint"
     )
     generation = situation.run.metadata.generation

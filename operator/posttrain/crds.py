@@ -35,8 +35,8 @@ from posttrain.reference import render_reasons, render_rewards, render_training_
 HEADER = "# Generated from the models in operator/posttrain/api by `make generate`: edit those.\n"
 IMMUTABLE = "cannot change while the run lives: give the changed run another name, or delete this one first"
 HELD = (
-    "can change only while the run holds no quota (it waits in its queue, or is suspended): suspend it first, or give "
-    "the changed run another name"
+    "can change only while the run holds no quota (it waits in its queue, or is suspended and its pods have ended): "
+    "suspend it first, or give the changed run another name"
 )
 
 _RULES = "x-kubernetes-validations"
@@ -232,7 +232,8 @@ def _held(path: str, spec: Node) -> str:
 def _immutability_under_quota(spec: Node) -> list[Node]:
     """Return a rule for each field that must stay as it is while quota is held.
 
-    They stand at the root, where alone the status is seen. A run without a queue counts as one that holds its quota.
+    They stand at the root, where alone the status is seen. A run without a queue counts as one that holds its quota, as
+    long as it is to have a gang, or has one.
     """
     held = (
         "has(oldSelf.status) && has(oldSelf.status.conditions) && "

@@ -103,7 +103,7 @@ def render_training_run() -> str:
         "`posttrain explain spec.model.source`.",
         "",
         f"While the run lives only these fields may change: {join_names(mutable)}; and, while it holds no "
-        f"quota (it waits in its queue, or is suspended), {join_names(waiting)}.",
+        f"quota (it waits in its queue, or is suspended and its pods have ended), {join_names(waiting)}.",
         *(line for method in METHODS for line in ("", _describe_args(method))),
     ]
     for path, node in _objects(spec, "spec"):

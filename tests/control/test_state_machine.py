@@ -35,6 +35,7 @@ from posttrain.plan.manifests import is_being_deleted, is_live, pod_phase
 from posttrain.plan.types import Manifest
 from posttrain.settings import Profile, Settings
 from tests.support.bench import KINDS, Bench
+from tests.support.controllers import RefusedEdit
 from tests.support.faults import Crash, Fault
 
 EXAMPLES = int(os.environ.get("POSTTRAIN_STATE_MACHINE_EXAMPLES", "40"))
@@ -63,6 +64,7 @@ class Operator(RuleBasedStateMachine):
     - the attempt never decreases and grows by one at a time; no job is of an attempt that was not counted before;
     - each attempt's failure is counted exactly once, in one of the budgets, and no budget is overdrawn;
     - every child is controlled by the run, and what somebody else made under a child's name is never changed;
+    - a gang has the shape that the spec asks for, as the spec keeps it while a gang may be there;
     - a run that ended stays as it ended, also under a spec that is refused;
     - the conditions are complete from the first status on;
     - usage never shrinks, is never negative, and its parts add up;
@@ -96,7 +98,7 @@ class Operator(RuleBasedStateMachine):
             **deadlines,
         )
         self.conditions = WATCHED_CONDITIONS if on_non_finite == "Warn" else TRAINING_RUN_CONDITIONS
-        self.nodes = nodes
+        self.nodes, self.gpus = nodes, gpus
         self.foreign: dict[ObjectKey, Manifest] = {}
         self.lagging: set[Kind] = set()
         self.seen = int(self.run["metadata"]["resourceVersion"])
@@ -284,6 +286,14 @@ class Operator(RuleBasedStateMachine):
     def the_user_suspends_or_resumes(self, suspend: bool) -> None:
         self.bench.others.change_run(suspend=suspend)
 
+    @rule(nodes=st.integers(1, 2))
+    def the_user_asks_for_another_shape(self, nodes: int) -> None:
+        try:
+            self.bench.others.change_run(resources={"numNodes": nodes, "gpusPerNode": self.gpus})
+        except RefusedEdit:
+            return
+        self.nodes = nodes
+
     @rule(refused=st.booleans())
     def the_spec_is_refused_or_taken_again(self, refused: bool) -> None:
         self.bench.others.change_run(sft={"args": {"learning_rat": 0.1} if refused else {"max_steps": 20}})
@@ -306,6 +316,13 @@ class Operator(RuleBasedStateMachine):
             if owner is not None and is_live(pod, now=self.bench.now):
                 gangs[owner["uid"]] = owner["name"]
         assert len(gangs) <= 1, f"two gangs may write to one storage: {gangs}"
+
+    @invariant()
+    def a_gang_has_the_shape_that_the_spec_asks_for(self) -> None:
+        for job in self.bench.others.jobs():
+            if not job.get("status") and not is_being_deleted(job):
+                replicas = job["spec"]["pytorchReplicaSpecs"].values()
+                assert sum(replica["replicas"] for replica in replicas) == self.nodes
 
     @invariant()
     def every_version_of_the_run_follows_from_the_one_before(self) -> None:

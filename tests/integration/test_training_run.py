@@ -10,12 +10,14 @@ import pytest
 from posttrain.contract.facts import CheckpointSaved, Logged, NonFinite, SignalLost, Started
 from posttrain.contract.result import Result, to_termination_message
 from tests.cluster.any_cluster import Cluster
+from tests.cluster.errors import ClusterError
 from tests.support.builders import GRPO, build_report
 from tests.support.cluster_runs import ClusterRun, message_of, reasons
 from tests.support.operator_process import OperatorProcess
 
 pytestmark = pytest.mark.integration
 
+HELD = "resources.numNodes can change only while the run holds no quota .*: suspend it first"
 LOW_ON_MEMORY = "the node was low on memory"
 STARTED = Started(world_size=2, max_steps=20, resumed_from_step=0)
 
@@ -117,6 +119,41 @@ def test_a_run_is_suspended_and_goes_on_as_a_new_attempt(run: ClusterRun) -> Non
 
     run.await_running(attempt=2)
     assert run.status()["restarts"] == {"infrastructure": 0, "application": 0, "stepsLost": 0}
+
+
+def test_without_a_queue_the_gang_takes_another_shape_while_the_run_is_suspended(run: ClusterRun) -> None:
+    run.apply()
+    run.await_running()
+    smaller = {"resources": {"numNodes": 1, "profile": "default"}}
+    with pytest.raises(ClusterError, match=HELD):
+        run.patch(smaller)
+
+    run.patch({"suspend": True})
+    run.await_status(lambda s: reasons(s)["QuotaReserved"] == ("False", "Suspended"), what="the end of its hold")
+    assert run.pods(attempt=1) == []
+    run.patch(smaller)
+    run.patch({"suspend": False})
+
+    run.await_running(attempt=2, pods=1)
+    status = run.status()
+    assert (reasons(status)["QuotaReserved"], status["provenance"]["profileName"]) == (("True", "NoQueue"), "default")
+    with pytest.raises(ClusterError, match=HELD):
+        run.patch({"resources": {"numNodes": 2}})
+    assert run.complete(attempt=2, pods=1)["attempt"] == 2
+
+
+def test_without_a_queue_a_run_whose_profile_is_not_there_takes_another_one(run: ClusterRun) -> None:
+    run.apply(suspend=True)
+    run.await_status(lambda s: reasons(s)["QuotaReserved"] == ("False", "Suspended"), what="the suspension")
+    run.patch({"resources": {"profile": "gone"}})
+    run.patch({"suspend": False})
+    refused = run.await_status(lambda s: reasons(s)["Accepted"] == ("False", "InvalidSpec"), what="the refusal")
+    assert "there is no profile 'gone' here: take one of default" in message_of(refused, "Accepted")
+
+    run.patch({"resources": {"profile": "default"}})
+
+    run.await_running()
+    assert reasons(run.status())["QuotaReserved"] == ("True", "NoQueue")
 
 
 def test_a_loss_that_is_no_number_ends_the_run(cluster: Cluster, operator: OperatorProcess, run: ClusterRun) -> None:

@@ -12,6 +12,8 @@ from copy import deepcopy
 from datetime import datetime, timedelta
 from typing import Any
 
+from posttrain.api.conditions import QUOTA_RESERVED
+from posttrain.api.training_run import MUTABLE_RESOURCES_FIELDS
 from posttrain.api.training_run_status import Progress
 from posttrain.contract.facts import FactBody, FactsReport
 from posttrain.contract.result import Result
@@ -26,6 +28,11 @@ from tests.support.fake_cluster import FakeCluster
 
 _KUBELET = "test/kubelet"
 _LIVE = ("Pending", "Running")
+_QUOTA_HELD = (QUOTA_RESERVED, "True")
+
+
+class RefusedEdit(Exception):
+    """The API server does not take a change of the spec."""
 
 
 class Controllers:
@@ -262,9 +269,18 @@ class Controllers:
         self._cluster.remove(self.key(kind, name))
 
     def change_run(self, **spec: Any) -> Manifest:
-        """Change fields of the run's spec."""
+        """Change fields of the run's spec.
+
+        Raises:
+            RefusedEdit: the API server refuses it, as the run holds its quota.
+        """
         run = self.find(TRAINING_RUN, self._run)
         assert run is not None, "the run is there"
+        before, after = run["spec"].get("resources") or {}, spec.get("resources") or {}
+        changed = [name for name in MUTABLE_RESOURCES_FIELDS if before.get(name) != after.get(name)]
+        said = (run.get("status") or {}).get("conditions") or ()
+        if "resources" in spec and changed and any((c["type"], c["status"]) == _QUOTA_HELD for c in said):
+            raise RefusedEdit(f"resources.{changed[0]} can change only while the run holds no quota")
         return self._cluster.put({**run, "spec": {**run["spec"], **spec}})
 
     # --- The progress server -----------------------------------------------------------------------------------------

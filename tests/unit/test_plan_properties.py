@@ -240,9 +240,10 @@ class World:
     def the_user_asks_for_another_shape(self, pick: int) -> None:
         """The API server allows it while the condition does not say that quota is held."""
         resources = self.run.spec.resources
-        if resources.queue_name is None or is_true(self.run.status.conditions, QUOTA_RESERVED):
+        if is_true(self.run.status.conditions, QUOTA_RESERVED):
             return
-        changed = resources.model_copy(update={"num_nodes": 1 + pick % 3, "queue_name": ("a", "b")[pick % 2]})
+        queue = ("a", "b")[pick % 2] if resources.queue_name is not None else None
+        changed = resources.model_copy(update={"num_nodes": 1 + pick % 3, "queue_name": queue})
         spec = self.run.spec.model_copy(update={"resources": changed})
         self.run = self.run.model_copy(update={"spec": spec})
 
@@ -290,6 +291,7 @@ class World:
         self.attempts_never_decrease()
         self.budgets_are_kept()
         self.there_is_at_most_one_gang()
+        self.a_gang_keeps_its_shape_without_a_queue()
         self.no_gang_is_made_without_quota()
         self.quota_is_given_back_only_when_nothing_uses_it()
         self.the_end_stays_the_end()
@@ -328,6 +330,12 @@ class World:
                 continue
             assert not [ref for ref in self.objects if ref.kind == "PyTorchJob"]
             assert not [n for n, pod in self.pods.items() if n.startswith("demo-a") and is_live(pod, now=self.now)]
+
+    def a_gang_keeps_its_shape_without_a_queue(self) -> None:
+        resources, job = self.run.spec.resources, self.objects.get(self.job_ref)
+        if resources.queue_name is None and job is not None:
+            replicas = job["spec"]["pytorchReplicaSpecs"].values()
+            assert sum(replica["replicas"] for replica in replicas) == resources.num_nodes
 
     def no_gang_is_made_without_quota(self) -> None:
         jobs = [o for o in self.plan().objects if o["kind"] == "PyTorchJob"]
@@ -402,7 +410,8 @@ HAPPENINGS = (
     World.the_gang_finds_no_number,
     *[World.the_gang_loses_or_regains_its_signal] * 2,
     World.the_gang_tells_its_result,
-    World.the_user_suspends_or_resumes,
+    *[World.the_user_suspends_or_resumes] * 2,
+    World.the_user_asks_for_another_shape,
 )
 WITH_A_QUEUE = (
     *[World.kueue_admits] * 5,

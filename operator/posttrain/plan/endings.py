@@ -11,7 +11,7 @@ from posttrain.plan.acceptance import explain_obstacle
 from posttrain.plan.attempts import NON_FINITE, completed_result, find_cause, settling_until
 from posttrain.plan.children import waiting_refs
 from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
-from posttrain.plan.quota import withdraw
+from posttrain.plan.quota import say_unused, withdraw
 from posttrain.plan.signal import find_loss, say_non_finite
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says, Verdict
@@ -87,7 +87,7 @@ def suspended(situation: Situation) -> Verdict | None:
             server_ready=says if situation.run.spec.rollout_servers is not None else None,
             pods_ready=says,
             succeeded=says,
-            quota_reserved=says if situation.ask is not None and situation.workload is None else None,
+            quota_reserved=say_unused(situation, says),
             changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
             deletes=(
                 *old_refs(situation),

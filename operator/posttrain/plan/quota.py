@@ -6,7 +6,7 @@ an attempt begins or ends, nor know how a Workload is written.
 
 from __future__ import annotations
 
-from posttrain.api.conditions import SUCCEEDED, find_condition
+from posttrain.api.conditions import QUOTA_RESERVED, SUCCEEDED, find_condition
 from posttrain.plan.kueue import (
     PREEMPTED,
     WorkloadState,
@@ -25,6 +25,10 @@ def explain_quota(situation: Situation) -> Says:
     """Return whether quota is reserved for the run, and if not, why not."""
     ask, workload = situation.ask, situation.workload
     if ask is None:
+        if situation.problems and not situation.was_created:
+            unused = say_unused(situation, Says("False", "InvalidSpec", "no gang is made until the spec is mended"))
+            if unused is not None:
+                return unused
         ignored = situation.run.spec.resources.queue_name
         message = f"spec.resources.queueName ({ignored}) is ignored: there are no queues here" if ignored else ""
         return Says("True", "NoQueue", message)
@@ -37,6 +41,26 @@ def explain_quota(situation: Situation) -> Says:
         message = "quota is reserved for another spec than the present one: it is given back, and asked for anew"
         return Says("False", "QuotaPending", message)
     return _explain_workload(workload)
+
+
+def say_unused(situation: Situation, why: Says) -> Says | None:
+    """Return `why` no gang is wanted as the condition says it; None while the run still holds what a gang needs.
+
+    Without a queue that is as long as anything of a gang is there. Its shape may be changed by then.
+    """
+    if situation.workload is not None:
+        return None
+    return None if situation.ask is None and (situation.holds_gang or situation.is_begun) else why
+
+
+def is_taken_unsaid(situation: Situation) -> bool:
+    """Return whether the condition has to say that quota is held before anything is made of a gang.
+
+    Where there is no Workload to compare with, the API server would let the gang's shape be changed meanwhile.
+    """
+    said = find_condition(situation.status.conditions, QUOTA_RESERVED)
+    unsaid = said is not None and said.status == "False"
+    return unsaid and situation.ask is None and explain_quota(situation).status == "True"
 
 
 def _explain_workload(workload: WorkloadState) -> Says:

@@ -10,6 +10,7 @@ from posttrain.api.training_run_status import FailureStatus, ProvenanceStatus
 from posttrain.plan.children import prepare_children, prepare_refs
 from posttrain.plan.preparation import Preparation, judge_preparation
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
+from posttrain.plan.quota import say_unused
 from posttrain.plan.sandbox import IMAGE_KEY
 from posttrain.plan.situation import Situation
 from posttrain.plan.sources import is_commit
@@ -33,13 +34,15 @@ def suspended_before_start(situation: Situation) -> Verdict | None:
     job = situation.observed.objects.get(prepare_ref(situation.name))
     unfinished = job is not None and parse_prepare_state(job).phase == "Pending"
     deletes = present_refs(situation, prepare_refs(situation)) if unfinished else ()
+    says = Says("False", "Suspended")
     return accept(
         situation,
         Verdict(
             stage="Suspended",
-            prepared=Says("False", "Suspended") if unfinished else None,
-            pods_ready=Says("False", "Suspended"),
-            succeeded=Says("False", "Suspended"),
+            prepared=says if unfinished else None,
+            quota_reserved=say_unused(situation, says),
+            pods_ready=says,
+            succeeded=says,
             deletes=deletes,
         ),
     )

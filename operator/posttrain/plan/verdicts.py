@@ -29,7 +29,7 @@ from posttrain.plan.pods import explain_running, explain_waiting
 from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
-from posttrain.plan.quota import explain_quota, report_pods_ready
+from posttrain.plan.quota import explain_quota, is_taken_unsaid, report_pods_ready
 from posttrain.plan.rollout_servers import count_restarts
 from posttrain.plan.sandbox import explain_unready
 from posttrain.plan.servers import explain_servers
@@ -48,7 +48,10 @@ MESSAGE_MAX_LENGTH = 1024
 def refuse(situation: Situation, reason: str, message: str) -> Verdict:
     """Return the verdict on a run that nothing is done for, or against, until somebody changes something."""
     says = Says("False", reason, message)
-    return Verdict(stage=situation.status.stage or "Pending", accepted=says, succeeded=says, stalled=True)
+    unasked = Says("Unknown", "Pending") if not situation.attempt else None
+    return Verdict(
+        stage=situation.status.stage or "Pending", accepted=says, quota_reserved=unasked, succeeded=says, stalled=True
+    )
 
 
 def accept(situation: Situation, verdict: Verdict) -> Verdict:
@@ -177,6 +180,7 @@ def go_on(
             deletes=(*old_refs(situation), *spare, *deletes),
             patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),
+            commit=is_taken_unsaid(situation),
         ),
     )
 

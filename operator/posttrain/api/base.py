@@ -34,7 +34,10 @@ API_VERSION: Literal["posttrain.dev/v1alpha1"] = "posttrain.dev/v1alpha1"
 
 
 class ApiModel(BaseModel):
-    """A part of a spec: camelCase in JSON, frozen, unknown keys refused."""
+    """A part of a spec: camelCase in JSON, frozen, unknown keys refused.
+
+    The default of a released field never changes: runs that live would be SpecChanged (docs/adr/0011).
+    """
 
     model_config = ConfigDict(
         alias_generator=to_camel,

@@ -24,13 +24,12 @@ from queue import SimpleQueue
 from threading import Thread
 
 from posttrain.contract.result import ExitCode
+from posttrain_workloads.keep_alive import KEEP_ALIVE
 
 _RETRY_SECONDS = 1.0
 _GREETING_SECONDS = 30.0
 _GRACE_SECONDS = 10.0
 """For vLLM to end by itself; then everything ends with the container."""
-_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
-"""A node that is gone without a word, with its machine, is missed after 25 seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +177,8 @@ def _join_first(place: Place, *, key: str) -> Meeting:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEP_ALIVE:
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    for option in KEEP_ALIVE:
+        connection.setsockopt(*option)
 
 
 def _start(

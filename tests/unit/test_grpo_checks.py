@@ -269,6 +269,22 @@ def test_what_servers_cannot_be_is_refused_with_what_they_can(
     assert_refused(path, said, grpo={"rollout": rollout, "args": args})
 
 
+@pytest.mark.parametrize(
+    ("seed", "said"),
+    [
+        ("7", 'an integer from 0 to 2,147,483,647, not the string "7"'),
+        (7.5, "not the number 7.5"),
+        (-1, "not the number -1"),
+        (2**31, "not the number 2147483648"),
+        (True, "not true"),
+        ([7], "not a list, [7]"),
+    ],
+)
+def test_a_servers_seed_is_a_number_that_others_can_be_added_to(seed: object, said: str) -> None:
+    rollout = {"mode": "Server", "server": {"args": {"seed": seed}}}
+    assert_refused("spec.grpo.rollout.server.args.seed", said, grpo={"rollout": rollout})
+
+
 OWN = {"rolloutFunction": "turns:answer_twice"}
 
 

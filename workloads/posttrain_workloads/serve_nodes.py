@@ -97,8 +97,7 @@ def serve_together(
                 Thread(target=_watch, args=(node, peer, ends), daemon=True).start()
             if place.node:
                 _answer_probes(listen)
-            code = vllm[0].wait()
-            ends.put(_End(f"vLLM ended with {code}", code if code >= 0 else 128 - code))
+            ends.put(_end_of_vllm(vllm[0].wait()))
         except Exception as error:
             ends.put(_End(f"{type(error).__name__}: {error}", ExitCode.FAILED))
 
@@ -191,6 +190,18 @@ def _start(
         *(("--headless",) if place.node else ()),
     ]
     return subprocess.Popen(argv, env={**environ, "VLLM_HOST_IP": meeting.own_address})
+
+
+def _end_of_vllm(code: int) -> _End:
+    """Return the end of a node whose vLLM ended by itself.
+
+    `vllm serve --headless` ends with 0 when one of its workers has died (vllm 0.31, entrypoints/cli/serve.py:228).
+    """
+    why = f"vLLM ended with {code}"
+    if code == 0:
+        why += " without being asked to: one of its processes is gone, and what is above in the log says which"
+        return _End(why, ExitCode.FAILED)
+    return _End(why, code if code > 0 else 128 - code)
 
 
 def _watch(node: int, peer: socket.socket, ends: SimpleQueue[_End]) -> None:

@@ -29,7 +29,7 @@ from posttrain.plan.pods import explain_running, explain_waiting
 from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
-from posttrain.plan.quota import explain_quota, report_pods_ready
+from posttrain.plan.quota import explain_quota, report_pods_ready, withdraw
 from posttrain.plan.rollout_servers import count_restarts
 from posttrain.plan.sandbox import explain_unready
 from posttrain.plan.servers import explain_servers
@@ -154,10 +154,9 @@ def go_on(
     if outage is not None and outage.reason != "SandboxStarting":  # one that only misses a probe is no news
         pods_ready = outage
     message = message or f"attempt {situation.attempt}: {told}"
-    # Like the gang, what serves it holds nothing while there is no quota, or its spec is refused.
-    idle = situation.awaits_quota or (bool(situation.problems) and not situation.was_created)
-    services = () if idle else service_children(situation)
-    spare = present_refs(situation, waiting_refs(situation)) if idle else ()
+    # Like the gang, what serves it holds nothing while there is no quota.
+    services = () if situation.awaits_quota else service_children(situation)
+    spare = present_refs(situation, waiting_refs(situation)) if situation.awaits_quota else ()
     times = (
         active_deadline(situation),
         pending_deadline(situation),
@@ -176,6 +175,36 @@ def go_on(
             objects=(*services, *objects, *_lost_config_map(situation), *frozen_job(situation)),
             deletes=(*old_refs(situation), *spare, *deletes),
             patches=(*report_pods_ready(situation), *patches),
+            deadlines=tuple(time for time in times if time is not None),
+        ),
+    )
+
+
+def hold_nothing(
+    situation: Situation,
+    *,
+    stage: Stage,
+    says: Says,
+    changes: dict[str, Any] | None = None,
+    deadlines: tuple[datetime | None, ...] = (),
+) -> Verdict:
+    """Return the verdict on an attempt that may not have a gang: no quota is held, and nothing that would serve one."""
+    times = (*silences(situation, situation.trainer_pods), *deadlines)
+    return accept(
+        situation,
+        Verdict(
+            stage=stage,
+            prepared=say_prepared(situation),
+            server_ready=says if situation.run.spec.rollout_servers is not None else None,
+            pods_ready=says,
+            succeeded=says,
+            quota_reserved=says if situation.ask is not None and situation.workload is None else None,
+            changes=changes or {},
+            deletes=(
+                *old_refs(situation),
+                *present_refs(situation, waiting_refs(situation)),
+                *withdraw(situation),
+            ),
             deadlines=tuple(time for time in times if time is not None),
         ),
     )

@@ -6,6 +6,7 @@ It owns how load is made and measured; it must not know what a benchmark claims.
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import ssl
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,18 +40,21 @@ BEAT_SECONDS = 10.0
 _AGENT = "posttrain-operator"
 _WAIT_SECONDS = 1800.0
 _THREADS = 8
+_ADDRESSES = 32
+"""That pods report from: with 1,000 runs each has about seventy tokens."""
 _GROUPS = {"pods": "/api/v1", "pytorchjobs": "/apis/kubeflow.org/v1"}
 
 pause: Callable[[float], None] = time.sleep
 
 
 class Client:
-    """Requests over connections that stay open, one a thread."""
+    """Requests over connections that stay open, one a thread; each comes from the next of some addresses."""
 
-    def __init__(self, url: str, *, token: str = "") -> None:
+    def __init__(self, url: str, *, token: str = "", addresses: Iterable[str] = ("",)) -> None:
         self._address = urllib.parse.urlsplit(url).netloc
         self._token = token
         self._context = ssl._create_unverified_context()  # this machine's own server
+        self._addresses = itertools.cycle(addresses)
         self._local = threading.local()
 
     @classmethod
@@ -65,12 +69,19 @@ class Client:
         """Send a body, if there is one, as JSON and return the answer's."""
         connection = getattr(self._local, "connection", None)
         if connection is None:
-            connection = http.client.HTTPSConnection(self._address, context=self._context, timeout=60)
+            connection = http.client.HTTPSConnection(
+                self._address, context=self._context, timeout=60, source_address=(next(self._addresses), 0)
+            )
             self._local.connection = connection
         headers = {"Authorization": f"Bearer {token or self._token}", "Content-Type": content_type}
         text = json.dumps(body) if body is not None and not isinstance(body, str) else body
-        connection.request(method, path, text, headers)
-        answer = connection.getresponse()
+        try:
+            connection.request(method, path, text, headers)
+            answer = connection.getresponse()
+        except http.client.RemoteDisconnected:  # it was idle for too long
+            connection.close()
+            connection.request(method, path, text, headers)
+            answer = connection.getresponse()
         content = answer.read()
         if answer.status >= 300:
             raise SystemExit(f"{method} {path}: {answer.status} {content[:500]!r}")
@@ -148,10 +159,13 @@ class _Pod:
 
 
 class ReportingPods:
-    """The pods of every run, which report as workloads do: a beat each ten seconds, and the first one the step."""
+    """The pods of every run, which report as workloads do: a beat each ten seconds, and the first one the step.
+
+    The operator takes so many new tokens from one address, so they speak from several, as pods do.
+    """
 
     def __init__(self, cluster: TestCluster, operator: OperatorProcess) -> None:
-        self._server = Client(operator.url)
+        self._server = Client(operator.url, addresses=[f"127.0.1.{i}" for i in range(_ADDRESSES)])
         api = Client.of(cluster)
         with ThreadPoolExecutor(_THREADS) as pool:
             self._pods = list(pool.map(lambda pod: _with_token(api, pod), items(cluster, "pods")))
@@ -160,7 +174,7 @@ class ReportingPods:
     def report(self, *, seconds: float) -> None:
         """Report for so long."""
         until = time.monotonic() + seconds
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(_ADDRESSES) as pool:
             while time.monotonic() < until:
                 began, self._rounds = time.monotonic(), self._rounds + 1
                 list(pool.map(self._post, self._pods))

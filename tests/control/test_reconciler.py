@@ -697,6 +697,49 @@ def test_what_prepare_found_ends_a_run_although_something_stands_in_its_way() ->
     assert bench.says("Finished") == ("True", "DatasetEmpty")
 
 
+def test_a_run_whose_spec_is_refused_while_it_is_prepared_is_suspended_all_the_same() -> None:
+    bench = bench_with_profiles()
+    bench.submit(prepare={"enabled": True}, resources={"gpusPerNode": 1, "profile": "h200"})
+    bench.settle()
+    take_profile_away(bench)
+    bench.settle()
+    assert (bench.status.stage, bench.says("Accepted")) == ("Preparing", ("False", "InvalidSpec"))
+    bench.others.change_run(suspend=True)
+    bench.settle()
+
+    assert (bench.status.stage, bench.names(JOB)) == ("Suspended", [])
+    assert bench.says("Accepted") == ("False", "InvalidSpec")
+
+
+def test_what_prepare_found_ends_a_run_although_its_spec_is_refused() -> None:
+    bench = bench_with_profiles()
+    bench.submit(prepare={"enabled": True}, resources={"gpusPerNode": 1, "profile": "h200"})
+    bench.settle()
+    take_profile_away(bench)
+    bench.others.tell(PrepareResult(problems=("DatasetEmpty: no row is left",)), attempt=0, source="prepare")
+    bench.others.end_prepare("Failed")
+    bench.settle()
+
+    assert bench.says("Finished") == ("True", "DatasetEmpty")
+
+
+def test_a_run_whose_spec_is_refused_begins_nothing_when_it_is_prepared() -> None:
+    bench = bench_with_profiles()
+    bench.submit(prepare={"enabled": True}, resources={"gpusPerNode": 1, "profile": "h200"})
+    bench.settle()
+    take_profile_away(bench)
+    bench.others.tell(PrepareResult(problems=()), attempt=0, source="prepare")
+    bench.others.end_prepare()
+    bench.settle()
+    assert (bench.status.attempt, bench.says("Accepted")) == (None, ("False", "InvalidSpec"))
+    assert bench.names(PYTORCHJOB) == []
+
+    bench.settings = bench_with_profiles().settings
+    bench.start()
+    bench.settle()
+    assert bench.names(PYTORCHJOB) == ["PyTorchJob demo-a1"]
+
+
 def test_a_gang_is_not_made_beside_a_configuration_that_is_somebody_elses() -> None:
     bench = Bench()
     bench.submit()
@@ -1919,29 +1962,74 @@ def test_a_problem_that_prepare_found_ends_the_run_before_any_gang() -> None:
 TWO_PROFILES = {"default": Profile(), "h200": Profile()}
 
 
-def lose_gang_whose_spec_is_refused(bench: Bench) -> None:
-    """Let a gang fail after its profile was taken away: another attempt is counted, and cannot begin."""
+CODE = foreign(CONFIG_MAP, "my-code", data={"a.py": "x = 1\n"})
+
+
+def give_profile_back(bench: Bench) -> None:
+    bench.settings = Settings(profiles=TWO_PROFILES)
+    bench.start()
+
+
+def change_argument(bench: Bench) -> None:
+    bench.others.change_run(sft={"args": {"max_steps": 30}})
+
+
+def change_argument_back(bench: Bench) -> None:
+    bench.others.change_run(sft={"args": {"max_steps": 20}})
+
+
+def lose_code(bench: Bench) -> None:
+    bench.others.delete(CONFIG_MAP, "my-code")
+    bench.others.delete(CONFIG_MAP, "demo-code")
+
+
+def bring_code_back(bench: Bench) -> None:
+    bench.cluster.put(CODE)
+
+
+def lose_gang_that_no_other_may_follow(
+    bench: Bench, *, spoil: Callable[[Bench], None] = take_profile_away, reason: str = "InvalidSpec"
+) -> None:
+    """Let a gang fail after something is not as it was: another attempt is counted, and cannot begin."""
     run_gang(bench)
-    take_profile_away(bench)
+    spoil(bench)
     bench.settle()
     bench.others.fail_gang(1, exit_code=138)
     bench.settle()
     bench.others.finish_deletions()
     bench.settle()
-    assert (bench.status.attempt, bench.says("Accepted")) == (2, ("False", "InvalidSpec"))
+    assert (bench.status.attempt, bench.says("Accepted")) == (2, ("False", reason))
 
 
-def test_an_attempt_whose_spec_is_refused_holds_no_quota() -> None:
+@pytest.mark.parametrize(
+    ("spoil", "mend", "reason"),
+    [
+        (take_profile_away, give_profile_back, "InvalidSpec"),
+        (change_argument, change_argument_back, "SpecChanged"),
+        (lose_code, bring_code_back, "ReferencePending"),
+    ],
+)
+def test_an_attempt_that_cannot_be_made_before_something_is_mended_holds_no_quota(
+    spoil: Callable[[Bench], None], mend: Callable[[Bench], None], reason: str
+) -> None:
     bench = Bench(settings=Settings(profiles=TWO_PROFILES))
     put_flavor(bench, "first")
-    bench.submit(resources={**QUEUE, "profile": "h200"})
+    bench.cluster.put(CODE)
+    bench.submit(resources={**QUEUE, "profile": "h200"}, code={"configMapName": "my-code"})
     bench.settle()
     admit(bench, flavor="first")
-    lose_gang_whose_spec_is_refused(bench)
+    lose_gang_that_no_other_may_follow(bench, spoil=spoil, reason=reason)
     assert bench.names(WORKLOAD, PYTORCHJOB) == []
+    assert bench.status.stage == "Pending"
+    assert bench.says("QuotaReserved") == bench.says("PodsReady") == ("False", reason)
+    (told,) = [event for event in bench.events() if event.startswith("RankKilled")]
+    assert told.endswith("; attempt 2 follows when what keeps it from being made is mended")
+    version = bench.run["metadata"]["resourceVersion"]
+    bench.wait(1000)
+    bench.settle()
+    assert bench.run["metadata"]["resourceVersion"] == version, "the status does not flap"
 
-    bench.settings = Settings(profiles=TWO_PROFILES)
-    bench.start()
+    mend(bench)
     bench.settle()
     assert bench.says("Accepted") == ("True", "Accepted")
     admit(bench, flavor="first")
@@ -1952,7 +2040,7 @@ def test_an_attempt_whose_spec_is_refused_holds_no_quota() -> None:
 def test_an_attempt_whose_spec_is_refused_waits_no_longer_than_its_deadline() -> None:
     bench = Bench(settings=Settings(profiles=TWO_PROFILES))
     bench.submit(resources={"gpusPerNode": 1, "profile": "h200"}, pendingDeadlineSeconds=100)
-    lose_gang_whose_spec_is_refused(bench)
+    lose_gang_that_no_other_may_follow(bench)
     bench.wait(101)
     bench.settle()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from posttrain.contract import environment
 from posttrain.contract.result import ExitCode
 from posttrain.control.kinds import DEPLOYMENT, NETWORK_POLICY, PYTORCHJOB, STATEFUL_SET
+from posttrain.control.port import Rejected
 from posttrain.settings import Profile, Settings
 from tests.support.bench import Bench, wait_out_pending_deadline
+from tests.support.faults import Call
 
 SERVED = {
     "sft": None,
@@ -199,7 +202,19 @@ def test_nobody_is_blamed_for_a_node_of_a_server_that_is_lost() -> None:
     assert bench.says("Succeeded") == ("False", "InProgress")
 
 
-def test_servers_go_with_an_attempt_whose_spec_is_refused() -> None:
+def take_profile_away(bench: Bench) -> None:
+    bench.settings = Settings(profiles={"default": Profile()})
+    bench.start()
+
+
+def change_argument(bench: Bench) -> None:
+    bench.others.change_run(grpo={**bench.run["spec"]["grpo"], "args": {"max_steps": 30}})
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [(take_profile_away, "InvalidSpec"), (change_argument, "SpecChanged")])
+def test_servers_go_with_an_attempt_that_cannot_be_made_before_something_is_mended(
+    spoil: Callable[[Bench], None], reason: str
+) -> None:
     profiles = {"default": Profile(), "h200": Profile()}
     bench = Bench(settings=Settings(profiles=profiles))
     rewards = [{"name": "format"}]
@@ -210,8 +225,7 @@ def test_servers_go_with_an_attempt_whose_spec_is_refused() -> None:
     bench.others.make_pods()
     bench.others.run_pods(1)
     bench.settle()
-    bench.settings = Settings(profiles={"default": Profile()})
-    bench.start()
+    spoil(bench)
     bench.settle()
     assert bench.names(STATEFUL_SET) == ["StatefulSet demo-server"]
 
@@ -219,7 +233,32 @@ def test_servers_go_with_an_attempt_whose_spec_is_refused() -> None:
     bench.settle()
     bench.others.finish_deletions()
     bench.settle()
-    assert (bench.says("Accepted"), bench.names(STATEFUL_SET)) == (("False", "InvalidSpec"), [])
+    assert bench.says("Accepted") == bench.says("ServerReady") == bench.says("PodsReady") == ("False", reason)
+    assert bench.names(STATEFUL_SET) == []
+
+
+def test_settings_that_were_mended_reach_servers_that_are_refused() -> None:
+    bench = Bench(settings=Settings(termination_grace_seconds=6000))
+
+    def policy(call: Call) -> Rejected | None:
+        if call.text != "create StatefulSet demo-server":
+            return None
+        grace = call.body["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        return Rejected("at most 600") if grace > 600 else None
+
+    bench.port.refuse = policy
+    bench.submit(**SERVED)
+    bench.settle()
+    assert bench.says("ServerReady") == ("False", "ChildRejected")
+    assert bench.condition("ServerReady").message == "at most 600"
+
+    bench.settings = Settings(termination_grace_seconds=600)
+    bench.start()
+    for _ in range(3):
+        bench.settle()
+        bench.wait(31)
+    assert bench.says("Accepted") == ("True", "Accepted")
+    assert bench.names(STATEFUL_SET) == ["StatefulSet demo-server"]
 
 
 def test_a_server_on_a_node_that_is_lost_is_told_of_with_what_brings_it_back() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from posttrain.contract.facts import NonFinite
-from posttrain.control.kinds import JOB, PYTORCHJOB
+from posttrain.control.kinds import CONFIG_MAP, JOB, PYTORCHJOB
 from posttrain.control.port import Rejected
 from posttrain.settings import Profile, Settings
 from tests.support.bench import Bench
@@ -171,10 +171,15 @@ def test_a_run_that_lost_its_gang_and_its_profile_takes_another_one(suspended: b
     assert (bench.says("QuotaReserved"), shape(bench, 2)) == (HELD, (1, "{}"))
 
 
-def test_a_run_that_lost_its_profile_while_it_prepared_takes_another_one() -> None:
+@pytest.mark.parametrize("prepares", [True, False])
+def test_a_run_that_lost_its_profile_before_it_had_a_gang_takes_another_one(prepares: bool) -> None:
     bench = submit(prepare={"enabled": True})
+    if not prepares:
+        for kind in (JOB, CONFIG_MAP):
+            bench.others.delete(kind, "demo-prepare")
     take_profile_away(bench)
-    assert (bench.says("Accepted"), bench.says("QuotaReserved")) == (REFUSED, ("Unknown", "Pending"))
+    assert bench.says("Accepted") == REFUSED
+    assert bench.says("QuotaReserved") == (REFUSED if prepares else ("Unknown", "Pending"))
 
     bench.others.change_run(resources=OTHER)
     bench.settle()

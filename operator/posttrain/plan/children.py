@@ -91,16 +91,24 @@ def attempt_children(situation: Situation) -> tuple[Manifest, ...]:
     return _kept_job(situation) if situation.is_begun else _render_attempt(situation)
 
 
-def outdated_config(situation: Situation) -> tuple[ObjectRef, ...]:
-    """Return the reference to the ConfigMap of an attempt whose job is refused and would be another one by now.
+def outdated_configs(situation: Situation) -> tuple[ObjectRef, ...]:
+    """Return the references to the ConfigMaps of a job, and of servers, that are refused and would be others by now.
 
-    No pod has read it: the next is made with what the settings say since.
+    No pod has read them: the next are made with what the settings say since.
     """
-    job, config = job_ref(situation.name, attempt=situation.attempt), situation.attempt_config
-    if config is None or not situation.is_begun or situation.problems or job not in situation.observed.rejected:
+    if situation.problems:
         return ()
-    _, wanted = _render_attempt(situation)
-    return () if _kept_job(situation) == (wanted,) else (ObjectRef.of(config),)
+    rejected = situation.observed.rejected
+    outdated = []
+    config = situation.attempt_config
+    if config is not None and situation.is_begun and job_ref(situation.name, attempt=situation.attempt) in rejected:
+        _, job = _render_attempt(situation)
+        outdated += [] if _kept_job(situation) == (job,) else [ObjectRef.of(config)]
+    config = situation.observed.objects.get(servers_config_ref(situation.name))
+    if config is not None and servers_ref(situation.name) in rejected and not _lacks_flavors(situation):
+        _, servers = _render_servers(situation)
+        outdated += [] if json.loads(config["data"][JOB_FILE]) == servers else [ObjectRef.of(config)]
+    return tuple(outdated)
 
 
 def _render_attempt(situation: Situation) -> tuple[Manifest, Manifest]:
@@ -200,12 +208,15 @@ def _server_children(situation: Situation) -> tuple[Manifest, ...]:
         return (build_service(run), servers) if observed is not None else (build_service(run), secret, servers)
     if observed is not None or situation.live_server_pods or _lacks_flavors(situation):
         return ()
+    return build_service(run), secret, *_render_servers(situation)
+
+
+def _render_servers(situation: Situation) -> tuple[Manifest, Manifest]:
     name = names.server_name(situation.name)
     inputs = _pod_inputs(situation, attempt=situation.attempt, config=name, pod_set=SERVER_POD_SET)
     servers = build_stateful_set(inputs)
     config = _config(situation, attempt=situation.attempt)
-    config_map = build_config_map(run, name=name, config=config, job=servers)
-    return build_service(run), secret, config_map, servers
+    return build_config_map(situation.run, name=name, config=config, job=servers), servers
 
 
 def _server_refs(situation: Situation) -> tuple[ObjectRef, ...]:

@@ -9,14 +9,11 @@ from posttrain.api.reasons import REASONS
 from posttrain.api.training_run_status import ModelStatus
 from posttrain.plan.acceptance import explain_obstacle
 from posttrain.plan.attempts import NON_FINITE, completed_result, find_cause, settling_until
-from posttrain.plan.children import waiting_refs
-from posttrain.plan.deadlines import active_deadline, pending_deadline, silences, stall_deadline
-from posttrain.plan.quota import say_unused, withdraw
+from posttrain.plan.deadlines import active_deadline, pending_deadline, stall_deadline
 from posttrain.plan.signal import find_loss, say_non_finite
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says, Verdict
 from posttrain.plan.verdicts import (
-    accept,
     begin_attempt,
     build_cause,
     charge,
@@ -25,11 +22,13 @@ from posttrain.plan.verdicts import (
     finish,
     go_on,
     hold,
-    old_refs,
-    present_refs,
+    hold_nothing,
     say_prepared,
     stop_non_finite,
 )
+
+_UNTIL_MENDED = frozenset({"InvalidSpec", "SpecChanged", "ReferencePending"})
+"""What keeps an attempt from being made until a person acts, and is not tried again meanwhile."""
 
 
 def non_finite(situation: Situation) -> Verdict | None:
@@ -79,24 +78,17 @@ def suspended(situation: Situation) -> Verdict | None:
     says = Says("False", "Suspended", REASONS["Suspended"].message.rstrip(".") + waiting)
     if held and hold is not None:
         says = Says("False", hold.reason, hold.message + waiting)
-    return accept(
-        situation,
-        Verdict(
-            stage="Suspended",
-            prepared=say_prepared(situation),
-            server_ready=says if situation.run.spec.rollout_servers is not None else None,
-            pods_ready=says,
-            succeeded=says,
-            quota_reserved=say_unused(situation, says),
-            changes={"attempt_queued_time": None} | ({} if held else {"hold": None}),
-            deletes=(
-                *old_refs(situation),
-                *present_refs(situation, waiting_refs(situation)),
-                *withdraw(situation),
-            ),
-            deadlines=silences(situation, situation.trainer_pods),
-        ),
-    )
+    changes = {"attempt_queued_time": None} | ({} if held else {"hold": None})
+    return hold_nothing(situation, stage="Suspended", says=says, changes=changes)
+
+
+def withheld(situation: Situation) -> Verdict | None:
+    """No gang can be made before somebody mends something: nobody knows when, so nothing is held for it meanwhile."""
+    obstacle = explain_obstacle(situation)
+    if situation.was_created or obstacle is None or obstacle.reason not in _UNTIL_MENDED:
+        return None
+    deadlines = active_deadline(situation), pending_deadline(situation)
+    return hold_nothing(situation, stage="Pending", says=obstacle, changes={"hold": None}, deadlines=deadlines)
 
 
 def signal_lost(situation: Situation) -> Verdict | None:

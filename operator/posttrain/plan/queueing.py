@@ -67,8 +67,6 @@ def awaiting_quota(situation: Situation) -> Verdict | None:
     """Nothing of a gang is there, and its quota is not: it is asked for, and waited for in the queue."""
     if situation.was_created:
         return None
-    if situation.problems:
-        return go_on(situation, deletes=withdraw(situation))  # nobody knows when a gang could use it
     if situation.has_quota:
         return _unusable_quota(situation)
     ask, workload = situation.ask, situation.workload

@@ -25,10 +25,8 @@ def explain_quota(situation: Situation) -> Says:
     """Return whether quota is reserved for the run, and if not, why not."""
     ask, workload = situation.ask, situation.workload
     if ask is None:
-        if situation.problems and not situation.was_created:
-            unused = say_unused(situation, Says("False", "InvalidSpec", "no gang is made until the spec is mended"))
-            if unused is not None:
-                return unused
+        if situation.problems and not situation.attempt:
+            return Says("False", "InvalidSpec", "no gang is made until the spec is mended")
         ignored = situation.run.spec.resources.queue_name
         message = f"spec.resources.queueName ({ignored}) is ignored: there are no queues here" if ignored else ""
         return Says("True", "NoQueue", message)

@@ -9,7 +9,7 @@ from posttrain.api.servers import RolloutServers
 from posttrain.plan.manifests import is_out_of_sight, node_name, silent_from
 from posttrain.plan.names import server_name
 from posttrain.plan.pods import find_end, find_obstacle, find_refusal, how_to_release
-from posttrain.plan.rollout_servers import RESTARTS_MAX, count_ready, restarts_of
+from posttrain.plan.rollout_servers import RESTARTS_MAX, count_ready, restarts_of, servers_ref
 from posttrain.plan.situation import Situation
 from posttrain.plan.status import Says
 from posttrain.plan.trainer_pod import SERVER_CONTAINER
@@ -24,6 +24,9 @@ def explain_servers(situation: Situation) -> Says:
         return Says("False", "ServersWanted")
     if situation.servers_ready:
         return Says("True", "ServersReady")
+    refused = situation.observed.rejected.get(servers_ref(situation.name))
+    if refused is not None:
+        return Says("False", "ChildRejected", refused)
     pods = situation.server_pods
     ended = find_end(pods, container=SERVER_CONTAINER, asked=False)
     if ended is not None:

@@ -196,7 +196,10 @@ def derive_events(before: TrainingRunStatus, after: TrainingRunStatus) -> tuple[
     failure = after.failure
     goes_on = after.completion_time is None and after.hold is None
     if failure is not None and failure != before.failure and goes_on:
-        message = f"{failure.message}; attempt {after.attempt} follows"
+        known = find_condition(after.conditions, conditions.ACCEPTED)
+        refused = known is not None and known.status == "False"
+        when = " when what keeps it from being made is mended" if refused else ""
+        message = f"{failure.message}; attempt {after.attempt} follows{when}"
         events.append(Event(type="Warning", reason=failure.reason, message=message))
     accepted = _news(before, after, conditions.ACCEPTED)
     if accepted is not None:

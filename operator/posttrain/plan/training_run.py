@@ -32,7 +32,7 @@ from posttrain.plan.acceptance import (
 from posttrain.plan.children import (
     attempt_children,
     build_run_workload,
-    outdated_config,
+    outdated_configs,
     prepare_children,
     run_children,
     service_children,
@@ -48,9 +48,11 @@ from posttrain.plan.endings import (
     stalled,
     suspend_requested,
     suspended,
+    withheld,
 )
 from posttrain.plan.predecessors import is_stuck, predecessors_silences
 from posttrain.plan.preparation import is_needed
+from posttrain.plan.prepare_job import prepare_ref
 from posttrain.plan.queueing import awaiting_quota, kueue_missing, priority_class_missing, quota_lost
 from posttrain.plan.quota import end_workload
 from posttrain.plan.references import foresee_end
@@ -166,7 +168,8 @@ def obstructed(situation: Situation) -> Verdict | None:
     stalled = obstacle.reason != "PredecessorEnding" or is_stuck(situation)
     silences = predecessors_silences(situation)
     refusal = replace(refuse(situation, obstacle.reason, obstacle.message), stalled=stalled, deadlines=silences)
-    if situation.status.provenance is None or (situation.problems and not situation.attempt):
+    begun = situation.attempt or prepare_ref(situation.name) in situation.observed.objects
+    if situation.status.provenance is None or (situation.problems and not begun):
         return refusal
     verdict = _find(situation, _ATTEMPT_CHECKS if situation.attempt else _PREPARE_CHECKS)
     if verdict is None:
@@ -181,7 +184,7 @@ def obstructed(situation: Situation) -> Verdict | None:
         succeeded=obstacle,
         stalled=stalled,
         objects=(),
-        deletes=(*verdict.deletes, *outdated_config(situation)),
+        deletes=(*verdict.deletes, *outdated_configs(situation)),
         deadlines=(*verdict.deadlines, *silences),
         changes={**since, **verdict.changes},
     )
@@ -246,6 +249,7 @@ _ATTEMPT_CHECKS: tuple[Check, ...] = (
     deadline_exceeded,  # ran past activeDeadlineSeconds
     pending_deadline_exceeded,  # waited past pendingDeadlineSeconds
     stalled,  # nothing was heard past progressDeadlineSeconds
+    withheld,  # nothing of an attempt is there before somebody mends what keeps it from being made
     cleaning_up,  # the attempt before is not gone yet
     awaiting_quota,  # nothing of an attempt is there before its quota
     server_never_answers,  # what generates for it ends again and again

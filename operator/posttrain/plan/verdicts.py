@@ -29,7 +29,7 @@ from posttrain.plan.pods import explain_running, explain_waiting
 from posttrain.plan.preparation import is_needed
 from posttrain.plan.prepare_job import parse_prepare_state, prepare_ref
 from posttrain.plan.pytorchjob import job_ref
-from posttrain.plan.quota import explain_quota, is_taken_unsaid, report_pods_ready
+from posttrain.plan.quota import explain_quota, is_taken_unsaid, report_pods_ready, say_unused, withdraw
 from posttrain.plan.rollout_servers import count_restarts
 from posttrain.plan.sandbox import explain_unready
 from posttrain.plan.servers import explain_servers
@@ -48,9 +48,10 @@ MESSAGE_MAX_LENGTH = 1024
 def refuse(situation: Situation, reason: str, message: str) -> Verdict:
     """Return the verdict on a run that nothing is done for, or against, until somebody changes something."""
     says = Says("False", reason, message)
-    unasked = Says("Unknown", "Pending") if not situation.attempt else None
+    # Nothing of a gang is there before the first attempt, whatever was said of its quota before.
+    quota = Says("Unknown", "Pending") if not situation.attempt else None
     return Verdict(
-        stage=situation.status.stage or "Pending", accepted=says, quota_reserved=unasked, succeeded=says, stalled=True
+        stage=situation.status.stage or "Pending", accepted=says, quota_reserved=quota, succeeded=says, stalled=True
     )
 
 
@@ -157,10 +158,9 @@ def go_on(
     if outage is not None and outage.reason != "SandboxStarting":  # one that only misses a probe is no news
         pods_ready = outage
     message = message or f"attempt {situation.attempt}: {told}"
-    # Like the gang, what serves it holds nothing while there is no quota, or its spec is refused.
-    idle = situation.awaits_quota or (bool(situation.problems) and not situation.was_created)
-    services = () if idle else service_children(situation)
-    spare = present_refs(situation, waiting_refs(situation)) if idle else ()
+    # Like the gang, what serves it holds nothing while there is no quota.
+    services = () if situation.awaits_quota else service_children(situation)
+    spare = present_refs(situation, waiting_refs(situation)) if situation.awaits_quota else ()
     times = (
         active_deadline(situation),
         pending_deadline(situation),
@@ -181,6 +181,36 @@ def go_on(
             patches=(*report_pods_ready(situation), *patches),
             deadlines=tuple(time for time in times if time is not None),
             commit=is_taken_unsaid(situation),
+        ),
+    )
+
+
+def hold_nothing(
+    situation: Situation,
+    *,
+    stage: Stage,
+    says: Says,
+    changes: dict[str, Any] | None = None,
+    deadlines: tuple[datetime | None, ...] = (),
+) -> Verdict:
+    """Return the verdict on an attempt that may not have a gang: no quota is held, and nothing that would serve one."""
+    times = (*silences(situation, situation.trainer_pods), *deadlines)
+    return accept(
+        situation,
+        Verdict(
+            stage=stage,
+            prepared=say_prepared(situation),
+            server_ready=says if situation.run.spec.rollout_servers is not None else None,
+            pods_ready=says,
+            succeeded=says,
+            quota_reserved=say_unused(situation, says),
+            changes=changes or {},
+            deletes=(
+                *old_refs(situation),
+                *present_refs(situation, waiting_refs(situation)),
+                *withdraw(situation),
+            ),
+            deadlines=tuple(time for time in times if time is not None),
         ),
     )
 

@@ -270,6 +270,52 @@ def test_what_servers_cannot_be_is_refused_with_what_they_can(
 
 
 @pytest.mark.parametrize(
+    ("seed", "said"),
+    [
+        ("7", 'an integer from 0 to 2,147,483,647, not the string "7"'),
+        (7.5, "not the number 7.5"),
+        (-1, "not the number -1"),
+        (2**31, "not the number 2147483648"),
+        (True, "not true"),
+        ([7], "not a list, [7]"),
+    ],
+)
+def test_a_servers_seed_is_a_number_that_others_can_be_added_to(seed: object, said: str) -> None:
+    rollout = {"mode": "Server", "server": {"args": {"seed": seed}}}
+    assert_refused("spec.grpo.rollout.server.args.seed", said, grpo={"rollout": rollout})
+
+
+OWN = {"rolloutFunction": "turns:answer_twice"}
+
+
+@pytest.mark.parametrize("given", [{"seed": 7}, '{"seed": 7}'], ids=["object", "text"])
+@pytest.mark.parametrize(
+    ("grpo", "said"),
+    [
+        ({"rollout": COLOCATE}, "would draw all those of a prompt with the same random numbers: leave it out"),
+        ({"rollout": COLOCATE, **OWN}, "would draw all those of a prompt with the same random numbers: leave it out"),
+        ({"rollout": SERVER, **OWN}, "leave it out; servers take one as seed in spec.grpo.rollout.server.args"),
+        ({}, "does nothing, as transformers has no seed for a generation: leave it out"),
+        ({"rollout": SERVER}, None),  # each server makes a different one for each completion
+    ],
+)
+def test_a_seed_that_makes_a_group_of_one_completion_is_refused(
+    grpo: dict[str, Any], said: str | None, given: object
+) -> None:
+    grpo = {**grpo, "args": {"generation_kwargs": given}}
+    code = {"code": {"path": "./own"}} if "rolloutFunction" in grpo else {}
+    if said is None:
+        assert parse_training_run(build_resource(grpo=grpo, **code))
+    else:
+        assert_refused("spec.grpo.args.generation_kwargs.seed", said, grpo=grpo, **code)
+
+
+@pytest.mark.parametrize("given", [{"seed": None}, {"seed": -1}, {"stop": ["x"]}, None])
+def test_what_vllm_takes_for_no_seed_is_none(given: object) -> None:
+    assert parse_training_run(build_resource(grpo={"rollout": COLOCATE, "args": {"generation_kwargs": given}}))
+
+
+@pytest.mark.parametrize(
     ("rollout", "gpus", "of_server", "of_run"),
     [
         ({"mode": "Server"}, 8, 1, 9),

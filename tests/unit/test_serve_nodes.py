@@ -178,6 +178,18 @@ def test_the_node_whose_vllm_ends_has_its_exit_code(server: Server) -> None:
     assert "node 1 of 3 ends: vLLM ended with 7" in server.said(1)
 
 
+def test_a_node_whose_vllm_ends_without_an_error_has_failed_nevertheless(server: Server) -> None:
+    server.start_all()
+    server.end_vllm(1, 0)  # as `vllm serve --headless` does when one of its workers has died
+
+    assert server.ends() == {0: ExitCode.TERMINATED, 1: ExitCode.FAILED, 2: ExitCode.TERMINATED}
+    *_, last = server.said(1).splitlines()  # which is what its container leaves, by FallbackToLogsOnError
+    assert last == (
+        "posttrain: node 1 of 3 ends: vLLM ended with 0 without being asked to: one of its processes is gone, and "
+        "what is above in the log says which"
+    )
+
+
 def test_a_node_that_is_asked_to_end_ends_its_vllm(server: Server) -> None:
     server.start_all()
     server.processes[2].terminate()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +63,78 @@ json.dump({
 }, sys.stdout)
 """
 
+LOST = """
+import json, socket, subprocess, sys, threading, time
+from posttrain_workloads.keep_alive import keep_alive_options
+from posttrain_workloads.rollout_server import RolloutServer
+
+ANSWER = b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\n{}"
+
+
+def serve(connection, answers):
+    while True:
+        connection.recv(65536)
+        if answers:
+            connection.sendall(ANSWER)
+        asked.set()
+
+
+def turn(state):
+    subprocess.run(["ip", "link", "set", "lo", state], check=True)
+
+
+def lose(*, idle):
+    turn("up")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = RolloutServer(url, keep_alive=keep_alive_options(idle_seconds=1, interval_seconds=1, tries=2))
+        accept = lambda: serve(listener.accept()[0], idle)
+        threading.Thread(target=accept, daemon=True).start()
+        asked.clear()
+        if idle:
+            server.ask("GET", "/asked", 60.0)
+            turn("down")
+        else:
+            threading.Thread(target=lambda: (asked.wait(), time.sleep(1), turn("down")), daemon=True).start()
+        began = time.monotonic()
+        try:
+            told = server.ask("POST", "/asked", 60.0, {}).text
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".replace(url, "URL")
+    return {"told": told, "seconds": time.monotonic() - began}
+
+
+asked = threading.Event()
+json.dump([lose(idle=False), lose(idle=True)], sys.stdout)
+"""
+OPTIONS = """
+import json, socket, sys
+from posttrain_workloads.rollout_server import RolloutServer
+
+pools = RolloutServer("http://x:1").session.get_adapter("http://x:1").poolmanager
+pool = pools.connection_from_url("http://x:1")
+json.dump(pool.conn_kw["socket_options"], sys.stdout)
+"""
+
 
 @pytest.fixture(scope="module")
 def found(trainer_python: Path) -> dict[str, Any]:
     """What every case found, by its name."""
+    answers: dict[str, Any] = run_script(SCRIPT, trainer_python)
+    return answers
+
+
+def run_script(script: str, python: Path, *, within: tuple[str, ...] = ()) -> Any:
+    """Return what a script writes in the trainer's environment."""
     done = subprocess.run(
-        [trainer_python, "-c", SCRIPT],
-        env={"PYTHONPATH": f"{ROOT / 'operator'}:{ROOT / 'workloads'}"},
+        [*within, python, "-c", script],
+        env={"PYTHONPATH": f"{ROOT / 'operator'}:{ROOT / 'workloads'}", "PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answers: dict[str, Any] = json.loads(done.stdout)
-    return answers
+    return json.loads(done.stdout)
 
 
 def test_a_connection_that_is_refused_is_tried_again(found: dict[str, Any]) -> None:
@@ -102,3 +163,28 @@ def test_a_server_that_does_not_answer_is_told_from_one_that_is_gone(found: dict
         "than it can; its log says which"
         for method in ("GET", "POST")
     ]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="a network of its own takes Linux, and to be root there"
+)
+def test_a_server_whose_machine_is_lost_is_missed_long_before_a_rollouts_time_is_over(trainer_python: Path) -> None:
+    asked, idle = run_script(LOST, trainer_python, within=("unshare", "--net"))
+
+    said = "ServerLost: the rollout server URL is gone without a word (POST /asked): its node is lost, or the network "
+    assert [asked["told"], idle["told"]] == [f"{said}to it"] * 2
+    assert 2 < asked["seconds"] < 20  # the machine is lost while it works on the request,
+    assert 2 < idle["seconds"] < 20  # or before it has got it
+
+
+def test_a_lost_machine_is_missed_after_25_seconds_and_small_requests_are_sent_at_once(trainer_python: Path) -> None:
+    options = {(level, option): value for level, option, value in run_script(OPTIONS, trainer_python)}
+
+    assert options == {
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): 10,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): 5,
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 3,
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT): 25_000,
+    }

@@ -96,7 +96,8 @@ def _seed(servers: RolloutServers, *, environ: Mapping[str, str]) -> int:
     """Return the seed of a server's first copy of the model; each further copy adds one, by a plugin of ours."""
     server = int(environ[environment.POD_NAME].rpartition("-")[2]) // servers.nodes_per_replica
     given = servers.args.get("seed", 0)
-    return (given if isinstance(given, int) else 0) + server * servers.data_parallel_size
+    assert isinstance(given, int)  # else the run was refused
+    return given + server * servers.data_parallel_size
 
 
 def serve_dtype(config: TrainingConfig, *, folder: Path, environ: Mapping[str, str]) -> str:

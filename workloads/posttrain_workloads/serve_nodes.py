@@ -24,13 +24,12 @@ from queue import SimpleQueue
 from threading import Thread
 
 from posttrain.contract.result import ExitCode
+from posttrain_workloads.keep_alive import KEEP_ALIVE
 
 _RETRY_SECONDS = 1.0
 _GREETING_SECONDS = 30.0
 _GRACE_SECONDS = 10.0
 """For vLLM to end by itself; then everything ends with the container."""
-_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
-"""A node that is gone without a word, with its machine, is missed after 25 seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,7 @@ def serve_together(
                 Thread(target=_watch, args=(node, peer, ends), daemon=True).start()
             if place.node:
                 _answer_probes(listen)
-            code = vllm[0].wait()
-            ends.put(_End(f"vLLM ended with {code}", code if code >= 0 else 128 - code))
+            ends.put(_end_of_vllm(vllm[0].wait()))
         except Exception as error:
             ends.put(_End(f"{type(error).__name__}: {error}", ExitCode.FAILED))
 
@@ -178,9 +176,8 @@ def _join_first(place: Place, *, key: str) -> Meeting:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEP_ALIVE:
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    for option in KEEP_ALIVE:
+        connection.setsockopt(*option)
 
 
 def _start(
@@ -193,6 +190,18 @@ def _start(
         *(("--headless",) if place.node else ()),
     ]
     return subprocess.Popen(argv, env={**environ, "VLLM_HOST_IP": meeting.own_address})
+
+
+def _end_of_vllm(code: int) -> _End:
+    """Return the end of a node whose vLLM ended by itself.
+
+    `vllm serve --headless` ends with 0 when one of its workers has died (vllm 0.31, entrypoints/cli/serve.py:228).
+    """
+    why = f"vLLM ended with {code}"
+    if code == 0:
+        why += " without being asked to: one of its processes is gone, and what is above in the log says which"
+        return _End(why, ExitCode.FAILED)
+    return _End(why, code if code > 0 else 128 - code)
 
 
 def _watch(node: int, peer: socket.socket, ends: SimpleQueue[_End]) -> None:

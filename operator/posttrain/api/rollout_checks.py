@@ -5,7 +5,9 @@ It owns these problems and their wording; it must not look at what the machine h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 
 from posttrain.api.grpo import Grpo
 from posttrain.api.methods import Path, args_path, table_of
@@ -29,6 +31,8 @@ _OF_TRANSFORMERS = (
     "use_transformers_continuous_batching",
     "use_transformers_paged",
 )
+_NO_SEED = (None, -1)
+"""What vLLM takes for none (vllm/sampling_params.py)."""
 
 
 def find_rollout_problems(spec: TrainingRunSpec) -> list[tuple[Path, str]]:
@@ -41,10 +45,10 @@ def find_rollout_problems(spec: TrainingRunSpec) -> list[tuple[Path, str]]:
             "is for rollouts by vLLM, and this run's are by transformers: "
             f"write {_MODE}: Colocate, or leave the key out"
         )
-        return [((*_ARGS, key), message) for key in grpo.args if key.startswith(_VLLM)]
+        return [*(((*_ARGS, key), message) for key in grpo.args if key.startswith(_VLLM)), *_seed(grpo)]
     servers = spec.rollout_servers
     where = _engine(spec, grpo) if servers is None else _servers(spec, grpo, servers)
-    return [*_unread(grpo), *_vespo(grpo), *_model(spec), *where]
+    return [*_unread(grpo), *_vespo(grpo), *_seed(grpo), *_model(spec), *where]
 
 
 def _unread(grpo: Grpo) -> Iterator[tuple[Path, str]]:
@@ -60,6 +64,35 @@ def _vespo(grpo: Grpo) -> Iterator[tuple[Path, str]]:
     if grpo.args.get("loss_type") == "vespo" and corrects and not str(_value(grpo, mode)).startswith("token_"):
         message = "loss_type vespo weighs single tokens: write vllm_importance_sampling_mode: token_truncate or "
         yield (*_ARGS, mode), f"{message}token_mask"
+
+
+def _seed(grpo: Grpo) -> Iterator[tuple[Path, str]]:
+    """A seed of a generation, which vLLM makes a different one for each completion only where it is asked for several.
+
+    That is in Server mode, without a function that asks for the completions itself (trl/generation/vllm_generation.py;
+    vllm/v1/engine/parallel_sampling.py).
+    """
+    given = grpo.args.get("generation_kwargs")
+    if isinstance(given, str):
+        with suppress(ValueError):  # of which the real class says why
+            given = json.loads(given)
+    if not isinstance(given, dict) or given.get("seed") in _NO_SEED:
+        return
+    of_one = (
+        "vLLM is asked for single completions, each time with this seed, and would draw all those of a prompt with "
+    )
+    of_one += "the same random numbers: "
+    match grpo.rollout.mode:
+        case "Transformers":
+            message = "does nothing, as transformers has no seed for a generation: leave it out, and write "
+            message += "spec.grpo.args.seed"
+        case "Colocate":
+            message = f"{of_one}leave it out, an engine inside the trainer has one of its own"
+        case "Server" if grpo.rollout_function is not None:
+            message = f"{of_one}leave it out; servers take one as seed in spec.grpo.rollout.server.args"
+        case _:
+            return
+    yield (*_ARGS, "generation_kwargs", "seed"), message
 
 
 def _model(spec: TrainingRunSpec) -> Iterator[tuple[Path, str]]:

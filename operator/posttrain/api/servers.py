@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from posttrain.api.base import ApiModel, JsonObject, Quantity
+from posttrain.api.spelling import describe_value
 
 OPTION = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 """A long option of `vllm serve`, without its hyphens in front."""
@@ -25,6 +26,8 @@ _NODES = "write spec.grpo.rollout.server.nodesPerReplica"
 _OVER_GPUS = "write spec.grpo.rollout.server.tensorParallelSize"
 _PLAIN = "the weights that are handed over are not quantized"
 _HAND_OVER = "handing weights over depends on it"
+_SEED, _SEED_MAX = "seed", 2**31 - 1
+"""vLLM seeds NumPy with it, which takes nothing below 0 nor above 2**32 - 1."""
 OWNED_OPTIONS = {
     "api-key": _TRUST,
     "api-server-count": _ONE_EACH,
@@ -144,6 +147,9 @@ def find_option_problems(servers: RolloutServers) -> Iterator[tuple[str, str]]:
             yield name, f"is set by posttrain: {owned}"
         elif value is None or value is False:
             yield name, f"an option that is not wanted is left out; one that is turned off is called no-{name}"
+        elif name == _SEED and not (type(value) is int and 0 <= value <= _SEED_MAX):
+            told = "each server adds its number to the seed, which has to be an integer"
+            yield name, f"{told} from 0 to {_SEED_MAX:,}, not {describe_value(value)}"
         else:
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, str) and _LIKE_OPTION.match(item):

@@ -144,7 +144,7 @@ FREE = [
     "spec.resources.profile=h100",
     "spec.resources.numNodes=3",
 ]
-HELD = ["spec.resources.queueName=team-b", "spec.resources.profile=h100", "spec.resources.numNodes=3"]
+HELD = {"queueName": "team-b", "profile": "h100", "numNodes": 3}
 
 
 @pytest.fixture
@@ -208,15 +208,14 @@ def test_of_what_a_grpo_run_learns_from_only_the_checks_can_be_edited(api: Clust
         assert said in str(refused.value), change
 
 
-def test_what_is_asked_of_a_queue_cannot_be_edited_while_quota_is_held(api: Cluster, stored: str) -> None:
-    held = {"type": "QuotaReserved", "status": "True", "reason": "QuotaReserved", "message": ""}
-    status = {"conditions": [{**held, "lastTransitionTime": "2026-01-01T00:00:00Z"}]}
-    patch = ("patch", "trainingrun", "distill", "--namespace", stored, "--subresource=status", "--type=merge")
-    api.kubectl(*patch, "--patch", json.dumps({"status": status}))
+def test_what_is_asked_of_a_queue_cannot_be_edited_while_quota_is_held(run: ClusterRun) -> None:
+    run.apply()
+    run.await_running()
+    assert reasons(run.status())["QuotaReserved"] == ("True", "NoQueue")
 
-    for change in HELD:
-        with pytest.raises(ClusterError, match="can change only while the run holds no quota"):
-            send(api, stored, queued(change), flags=("--dry-run=server",))
+    for field, value in HELD.items():
+        with pytest.raises(ClusterError, match=f"resources.{field} can change only while the run holds no quota"):
+            run.patch({"resources": {field: value}})
 
 
 # --- What is stored --------------------------------------------------------------------------------------------------

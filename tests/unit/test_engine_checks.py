@@ -1,4 +1,4 @@
-"""What prepare says of a model that vLLM cannot split over its GPUs."""
+"""What prepare says of a model that vLLM cannot split over its GPUs, or whose weights have no room there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.contract.config import TrainingConfig
-from posttrain_workloads.engine_checks import check_heads
+from posttrain_workloads.engine_checks import check_heads, check_server_memory
 from posttrain_workloads.outcome import KnownModel
 from posttrain_workloads.problems import Findings
 from tests.workloads._configs import build_grpo_config
@@ -16,7 +16,10 @@ from tests.workloads._configs import build_grpo_config
 GIB = 2**30
 LLAMA_70B = {"num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 28672}
 QWEN_7B = {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
+ENVIRON = {"POSTTRAIN_STORAGE": "/s"}
 HEADS = "ConfigInvalid: spec.grpo.rollout.server.tensorParallelSize: vLLM splits the model (num_attention_heads 28"
+PARAMETERS = 70_000_000_000
+WEIGHTS = "spec.grpo.rollout.server: the weights in bfloat16 take 130.4 GiB of each GPU of a server"
 
 
 def build(server: dict[str, Any] | None, *, gpus: int = 8, memory: int | None = 80, **more: Any) -> TrainingConfig:
@@ -79,3 +82,93 @@ def test_heads_are_found_by_the_name_that_the_model_has_for_them() -> None:
     assert said_of_heads(config, {"n_head": 16}, num_attention_heads="n_head") == []
     assert said_of_heads(config, {"text_config": QWEN_7B}) != []
     assert said_of_heads(config, LLAMA_70B) == []
+
+
+def memory_of(
+    config: TrainingConfig, *, parameters: int | None = PARAMETERS, **shape: Any
+) -> tuple[list[str], dict[str, str]]:
+    findings = Findings()
+    estimates: dict[str, str] = {}
+    model = KnownModel(parameters=parameters, shape={**LLAMA_70B, **shape})
+    check_server_memory(config, findings, estimates, model, environ=ENVIRON)
+    return [str(problem) for problem in findings.problems], estimates
+
+
+@pytest.mark.parametrize(
+    ("server", "told", "remedy"),
+    [
+        (
+            {"gpusPerNode": 8, "dataParallelSize": 8},
+            "(tensorParallelSize 1, dataParallelSize 8), and the profile's (H100) have 73.6 GiB of 80.0 GiB for vLLM "
+            "(gpu-memory-utilization 0.92)",
+            "write dataParallelSize: 4",
+        ),
+        (
+            {"gpusPerNode": 8, "dataParallelSize": 8, "tensorParallelSize": 1},
+            "(tensorParallelSize 1, dataParallelSize 8)",
+            "write tensorParallelSize: 2 and dataParallelSize: 4",
+        ),
+        (
+            {"gpusPerNode": 8, "dataParallelSize": 8, "args": {"gpu-memory-utilization": "0.5"}},
+            "40.0 GiB of 80.0 GiB for vLLM (gpu-memory-utilization 0.5)",
+            "write dataParallelSize: 2",
+        ),
+        (
+            {"gpusPerNode": 8, "dataParallelSize": 8, "args": {"kv-cache-memory-bytes": "2G"}},
+            "have 80.0 GiB:",
+            "write dataParallelSize: 4",
+        ),
+        (
+            {},
+            "(tensorParallelSize 1, dataParallelSize 1)",
+            "a copy of the model needs at least 2 of them: raise gpusPerNode, or nodesPerReplica, which goes without "
+            "dataParallelSize, or take GPUs with more memory",
+        ),
+    ],
+)
+def test_weights_beyond_a_gpus_memory_are_told_with_a_shape_that_has_room(
+    server: dict[str, Any], told: str, remedy: str
+) -> None:
+    (said,), estimates = memory_of(build(server))
+
+    assert said.startswith(f"EstimateExceedsMemory: {WEIGHTS}")
+    assert told in said
+    assert said.endswith(f": {remedy}")
+    assert estimates == {"weights per GPU of a server": "130.4 GiB of 80.0 GiB"}
+
+
+def test_float32_takes_twice_as_much() -> None:
+    server = {"gpusPerNode": 4, "dataParallelSize": 2}
+    assert memory_of(build(server))[0] == []
+
+    (said,), estimates = memory_of(build(server, args={"bf16": False}, model_fields={"dtype": "float32"}))
+
+    assert "the weights in float32 take 130.4 GiB" in said
+    assert estimates == {"weights per GPU of a server": "130.4 GiB of 80.0 GiB"}
+
+
+def test_experts_are_spread_over_the_gpus_of_all_copies() -> None:
+    server = {"gpusPerNode": 8, "dataParallelSize": 8}
+
+    assert memory_of(build(server), num_experts=64) == ([], {"weights per GPU of a server": "16.3 GiB of 80.0 GiB"})
+    (said,), _ = memory_of(build(server), parameters=10 * PARAMETERS, num_experts=64)
+    assert "take 163.0 GiB of each GPU of a server" in said
+
+
+@pytest.mark.parametrize(
+    ("server", "more"),
+    [
+        ({"args": {"cpu-offload-gb": 100}}, {}),
+        ({"args": {"enable-expert-parallel": True}}, {}),
+        ({"args": {"gpu-memory-utilization": "much"}}, {}),  # of which vLLM's parser says that it is no number
+        ({}, {"quantization_config": {"quant_method": "gptq"}}),
+        ({}, {"parameters": None}),
+    ],
+)
+def test_what_is_not_known_is_not_judged(server: dict[str, Any], more: dict[str, Any]) -> None:
+    assert memory_of(build({"gpusPerNode": 1, **server}), **more) == ([], {})
+
+
+def test_a_profile_that_does_not_tell_its_gpus_memory_and_one_without_gpus_are_not_judged() -> None:
+    assert memory_of(build({}, memory=None)) == ([], {})
+    assert memory_of(build({}, gpus=0)) == ([], {})

@@ -14,7 +14,7 @@ from posttrain.api.grpo_checks import count_groups
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.arguments import training_args
 from posttrain_workloads.data import Mixture, load_mixture
-from posttrain_workloads.engine_checks import check_heads
+from posttrain_workloads.engine_checks import check_heads, check_server_memory
 from posttrain_workloads.forecast import forecast_memory
 from posttrain_workloads.formats import Scan, scan_rows
 from posttrain_workloads.outcome import KnownModel, Outcome
@@ -58,6 +58,7 @@ def check_grpo(
     warn_of_unseen_weights(args, findings)
     check_server_options(config, findings)
     check_heads(config, findings, model)
+    check_server_memory(config, findings, outcome.estimates, model, environ=environ)
     mixture: Mixture | None = None
     # Without a tokenizer, which is a problem already, the rest is looked at as with most models.
     templated = model.tokenizer is None or bool(model.tokenizer.chat_template)

@@ -212,6 +212,31 @@ BAD_SERVERS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "each of a server's 2 nodes has as large a part: write a multiple of 2",
     ),
     (
+        {"mode": "Server", "server": {"gpusPerNode": 8, "tensorParallelSize": 8, "nodesPerReplica": 2}},
+        {},
+        "spec.grpo.rollout.server.tensorParallelSize",
+        "is 8, and 8 of a server's 16 GPUs would idle: write tensorParallelSize: 16 or gpusPerNode: 4",
+    ),
+    (
+        {"mode": "Server", "server": {"gpusPerNode": 4, "dataParallelSize": 3}},
+        {},
+        "spec.grpo.rollout.server.dataParallelSize",
+        "is 3, and 1 of a server's 4 GPUs would idle: write dataParallelSize: 4 or gpusPerNode: 3",
+    ),
+    (
+        {"mode": "Server", "server": {"gpusPerNode": 8, "tensorParallelSize": 2}},
+        {},
+        "spec.grpo.rollout.server.tensorParallelSize",
+        "and 6 of a server's 8 GPUs would idle: write tensorParallelSize: 8, dataParallelSize: 4 or gpusPerNode: 2",
+    ),
+    (
+        {"mode": "Server", "server": {"gpusPerNode": 8, "tensorParallelSize": 2, "dataParallelSize": 3}},
+        {},
+        "spec.grpo.rollout.server.tensorParallelSize",
+        "is 2 for each of 3 copies of the model, and 2 of a server's 8 GPUs would idle: write dataParallelSize: 4 or "
+        "gpusPerNode: 6",
+    ),
+    (
         {"mode": "Server", "server": {"args": {"nnodes": 2}}},
         {},
         "spec.grpo.rollout.server.args.nnodes",
@@ -339,11 +364,11 @@ def test_a_server_has_one_gpu_or_as_the_gang_none_where_nothing_else_is_said(
     ("gpus", "server", "of_a_model", "on_a_node"),
     [
         (8, {"gpusPerNode": 8, "dataParallelSize": 2}, 4, 8),
-        (8, {"gpusPerNode": 8, "dataParallelSize": 4, "tensorParallelSize": 1}, 1, 4),
+        (8, {"gpusPerNode": 8, "dataParallelSize": 4, "tensorParallelSize": 2}, 2, 8),
         (0, {"dataParallelSize": 2, "tensorParallelSize": 2}, 2, 4),
         (0, {"dataParallelSize": 2}, 1, 2),
         (8, {"gpusPerNode": 8, "nodesPerReplica": 2}, 16, 8),
-        (8, {"gpusPerNode": 8, "nodesPerReplica": 2, "tensorParallelSize": 8}, 8, 4),
+        (8, {"gpusPerNode": 4, "nodesPerReplica": 2, "tensorParallelSize": 8}, 8, 4),
         (0, {"nodesPerReplica": 2}, 2, 1),
     ],
 )

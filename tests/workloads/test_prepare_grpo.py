@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,17 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
 
-    def case(name: str, *rewards: dict[str, Any], rows: Path = rows, **more: Any) -> dict[str, Any]:
+    gpt2 = folder / "gpt2"
+    shutil.copytree(tiny_model, gpt2)
+    (gpt2 / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 48, "n_head": 3, "n_layer": 1}))
+
+    def case(
+        name: str, *rewards: dict[str, Any], rows: Path = rows, model: Path = tiny_model, **more: Any
+    ) -> dict[str, Any]:
         given = list(rewards) or [{"name": "accuracy"}]
-        config = build_grpo_config(model=tiny_model, rows=rows, rewards=given, **more)
+        gpu_memory = more.pop("gpu_memory", None)
+        config = build_grpo_config(model=model, rows=rows, rewards=given, **more)
+        config = config.model_copy(update={"gpu_memory_bytes": gpu_memory})
         sandbox = config.spec.used_sandbox
         urls = ",".join(sandbox.endpoints or ["http://127.0.0.1:9"]) if sandbox is not None else ""
         environ = {"environ": {"POSTTRAIN_SANDBOX_URLS": urls, "POSTTRAIN_SANDBOX_KEY": "e2b_x", **SERVICES}}
@@ -143,6 +153,10 @@ def found(trainer_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
         }}}),
         case("too many nodes", grpo={"rollout": {"mode": "Server", "server": {
             "gpusPerNode": 0, "nodesPerReplica": 3
+        }}}),
+        case("no room", gpu_memory=100_000, resources={"gpusPerNode": 1}, grpo={"rollout": {"mode": "Server"}}),
+        case("other names", model=gpt2, grpo={"rollout": {"mode": "Server", "server": {
+            "gpusPerNode": 0, "tensorParallelSize": 2
         }}}),
         case("few rows", args={"per_device_train_batch_size": 32}),
         case("does not import", {"function": "broken_rewards:score"}),
@@ -248,7 +262,9 @@ BAD = [
     ("servers elsewhere", "ConfigInvalid", "spec.grpo.rollout.server.maxModelLength: 20 tokens are fewer than the lon"),
     ("too many parts", "ConfigInvalid", "spec.grpo.rollout.server.tensorParallelSize: vLLM splits the model (num_att"),
     ("too many parts", "ConfigInvalid", "over 4 GPUs or processes, and each has to get as much: write 1 or 2"),
-    ("too many nodes", "ConfigInvalid", "each has to get as much: 3 nodes cannot share them"),
+    ("too many nodes", "ConfigInvalid", "each has to get as much: write nodesPerReplica: 1 (and"),
+    ("no room", "EstimateExceedsMemory", "spec.grpo.rollout.server: the weights in float32 take "),
+    ("other names", "ConfigInvalid", "vLLM splits the model (num_attention_heads 3) over 2 GPUs or processes, and"),
     ("rollouts:three", "CodeImportFailed", "calls rollouts:three(prompts, trainer): missing a required argument: 'tri"),
     ("rollouts:awaited", "CodeImportFailed", "rollouts:awaited is async def, and the trainer does not await it"),
     ("rollouts:Made", "CodeImportFailed", "rollouts:Made is a class without a method reset, which begins an episode"),

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from posttrain.api.grpo_checks import count_groups
-from posttrain.api.spelling import join_names
 from posttrain.contract.config import TrainingConfig
 from posttrain_workloads.arguments import training_args
 from posttrain_workloads.data import Mixture, load_mixture
+from posttrain_workloads.engine_checks import check_heads, check_server_memory
 from posttrain_workloads.forecast import forecast_memory
 from posttrain_workloads.formats import Scan, scan_rows
 from posttrain_workloads.outcome import KnownModel, Outcome
@@ -58,6 +58,7 @@ def check_grpo(
     warn_of_unseen_weights(args, findings)
     check_server_options(config, findings)
     check_heads(config, findings, model)
+    check_server_memory(config, findings, outcome.estimates, model, environ=environ)
     mixture: Mixture | None = None
     # Without a tokenizer, which is a problem already, the rest is looked at as with most models.
     templated = model.tokenizer is None or bool(model.tokenizer.chat_template)
@@ -119,49 +120,6 @@ def warn_of_unseen_weights(args: GRPOConfig | None, findings: Findings) -> None:
             "with vllm_importance_sampling_correction: false nobody compares vLLM's log-probabilities with the "
             "trainer's: if vLLM generates with other weights, it is not noticed"
         )
-
-
-def check_heads(config: TrainingConfig, findings: Findings, model: KnownModel) -> None:
-    """See that vLLM can split the model over the GPUs that it is to.
-
-    Source: vllm 0.31, config/model.py:1504, model_executor/models/llama.py:148, layers/linear.py.
-    """
-    servers = config.spec.rollout_servers
-    if servers is None:
-        path, nodes = "spec.grpo.args.vllm_tensor_parallel_size", 1
-        given = config.args.get("vllm_tensor_parallel_size")
-        size = given if isinstance(given, int) else 1
-    else:
-        path, nodes = "spec.grpo.rollout.server.tensorParallelSize", servers.nodes_per_replica
-        size = config.spec.server_engine_size
-    shape = model.shape.get("text_config", model.shape)
-    parts = {
-        name: number
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        if isinstance(number := shape.get(name), int)
-    }
-    if any("expert" in name for name in shape):
-        parts.pop("intermediate_size", None)  # experts have a size of their own
-    if _splits(parts, size):
-        return
-    fitting = [str(number) for number in range(nodes, size, nodes) if _splits(parts, number)]
-    remedy = f"write {join_names(fitting, conjunction='or')}" if fitting else f"{nodes} nodes cannot share them"
-    told = join_names([f"{name} {number}" for name, number in parts.items()])
-    findings.add(
-        Problem(
-            "ConfigInvalid",
-            f"{path}: vLLM splits the model ({told}) over {size} GPUs or processes, and each has to get as much: "
-            f"{remedy}",
-        )
-    )
-
-
-def _splits(parts: Mapping[str, int], size: int) -> bool:
-    """Return whether each of so many gets as much; of key and value heads one may be on several."""
-    return all(
-        number % size == 0 or (name == "num_key_value_heads" and number < size and size % number == 0)
-        for name, number in parts.items()
-    )
 
 
 # --- Rewards ---------------------------------------------------------------------------------------------------------
@@ -243,7 +201,9 @@ def check_prompts(
         outcome.estimates["longest prompt"] = f"{longest['spec.datasets']:,} tokens"
         completion = args.get("max_completion_length", 512)
         for path, tokens in longest.items():
-            _judge_length(findings, tokens, of=path, limit=_positions(model), completion=completion)
+            _judge_length(
+                findings, tokens, of=path, limit=model.number("max_position_embeddings"), completion=completion
+            )
         path = max(longest, key=lambda path: longest[path])
         _judge_engine_length(findings, longest[path], *_engine_limit(config, args), of=path, completion=completion)
         return longest["spec.datasets"]
@@ -291,12 +251,6 @@ def _sample(ids: list[int], *, tokenizer: Any) -> dict[str, Any]:
         "tokens_cut": 0,
         "segments": [{"text": text, "trained": False}],
     }
-
-
-def _positions(model: KnownModel) -> int | None:
-    """Return how many tokens the model can see, where its config.json says so."""
-    found = model.shape.get("text_config", model.shape).get("max_position_embeddings")
-    return found if isinstance(found, int) else None
 
 
 def _judge_length(findings: Findings, longest: int, *, of: str, limit: int | None, completion: int | None) -> None:

@@ -41,6 +41,19 @@ class KnownModel:
     tokenizer: Any | None = None
     shape: Mapping[str, Any] = field(default_factory=dict)
     """Its config.json, with the spec's overrides."""
+    own_names: Mapping[str, str] = field(default_factory=dict)
+    """What its config.json calls that for which transformers has a common name: num_attention_heads is n_head."""
+
+    @property
+    def text_shape(self) -> Mapping[str, Any]:
+        """As much of its config.json as is about text."""
+        text: Mapping[str, Any] = self.shape.get("text_config", self.shape)
+        return text
+
+    def number(self, name: str) -> int | None:
+        """Return a number of its config.json by its common name, where it is there."""
+        found = self.text_shape.get(name, self.text_shape.get(self.own_names.get(name, name)))
+        return found if isinstance(found, int) else None
 
 
 def checks_wanted(config: TrainingConfig) -> bool:

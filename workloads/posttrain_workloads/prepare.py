@@ -161,9 +161,10 @@ def check_model(config: TrainingConfig, findings: Findings, *, environ: Mapping[
         return KnownModel()
     parameters = tokenizer = None
     shape: dict[str, Any] = {}
+    own_names: Mapping[str, str] = {}
     with findings.collect():
         check_files(names, source=source)
-        load_model_config(config, environ=environ)
+        own_names = load_model_config(config, environ=environ).get_text_config(decoder=True).attribute_map
         shape = json.loads((folder / "config.json").read_text()) | (config.spec.model.config or {})
         if isinstance(config.model, HubSource):
             parameters = hub.count_remote_parameters(config.model.repo, config.model.revision, path="spec.model")
@@ -175,7 +176,7 @@ def check_model(config: TrainingConfig, findings: Findings, *, environ: Mapping[
     with findings.collect():
         check_tokenizer_files(names, source=source)
         tokenizer = load_tokenizer(config, environ=environ)
-    return KnownModel(parameters=parameters, tokenizer=tokenizer, shape=shape)
+    return KnownModel(parameters=parameters, tokenizer=tokenizer, shape=shape, own_names=own_names)
 
 
 def build_effective_args(config: TrainingConfig, outcome: Outcome, *, environ: Mapping[str, str]) -> Any | None:

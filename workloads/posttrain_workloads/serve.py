@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -72,7 +74,7 @@ def serve_options(config: TrainingConfig, *, folder: Path, environ: Mapping[str,
     on_cpus = config.spec.server_gpus == 0
     backend = GLOO if on_cpus else "nccl"
     options = [
-        *("--dtype", serve_dtype(config, folder=folder, environ=environ)),
+        *("--dtype", serve_dtype(config, read_shape=partial(_read_shape, folder), environ=environ)),
         *("--tensor-parallel-size", str(config.spec.server_engine_size)),
         *("--data-parallel-size", str(servers.data_parallel_size)),
         *("--seed", str(_seed(servers, environ=environ))),
@@ -100,8 +102,15 @@ def _seed(servers: RolloutServers, *, environ: Mapping[str, str]) -> int:
     return given + server * servers.data_parallel_size
 
 
-def serve_dtype(config: TrainingConfig, *, folder: Path, environ: Mapping[str, str]) -> str:
-    """Return the type that the trainer computes in, as it follows from its arguments and the model's folder."""
+def _read_shape(folder: Path) -> Mapping[str, Any]:
+    shape: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return shape
+
+
+def serve_dtype(
+    config: TrainingConfig, *, read_shape: Callable[[], Mapping[str, Any]], environ: Mapping[str, str]
+) -> str:
+    """Return the type that the trainer computes in, as it follows from its arguments and the model's config.json."""
     args = training_args(config, environ=environ)
     half = bool(args.get("fp16"))
     whole = args.get("bf16")
@@ -113,7 +122,7 @@ def serve_dtype(config: TrainingConfig, *, folder: Path, environ: Mapping[str, s
         return str(config.spec.model.dtype)
     if config.gang.gpus_per_node == 0:
         return "float32"
-    shape = json.loads((folder / "config.json").read_text())
+    shape = read_shape()
     return str(shape.get("dtype") or shape.get("torch_dtype") or "float32")
 
 

@@ -190,7 +190,7 @@ _CATALOGUE = (
         name="EstimateExceedsMemory",
         message="The estimate exceeds the GPU's memory.",
         advice="Shorten max_length, lower per_device_train_batch_size, use gradient_checkpointing, ZeRO3, "
-        "offload or LoRA.",
+        "offload or LoRA. A rollout server takes fewer copies of the model, or more GPUs.",
     ),
     Reason(
         name="ConfigInvalid",

@@ -12,6 +12,7 @@ from contextlib import suppress
 from posttrain.api.grpo import Grpo
 from posttrain.api.methods import Path, args_path, table_of
 from posttrain.api.servers import RolloutServers, find_option_problems
+from posttrain.api.spelling import join_names
 from posttrain.api.training_run import TrainingRunSpec
 
 _ARGS = args_path("grpo")
@@ -158,6 +159,27 @@ def _parallel_servers(spec: TrainingRunSpec, servers: RolloutServers) -> Iterato
     elif size % nodes:
         message = f"is {size}, and each of a server's {nodes} nodes has as large a part: write a multiple of {nodes}"
         yield (*_SERVER, "tensorParallelSize"), message
+    elif size * copies < gpus:
+        yield _idle(servers, size=size, gpus=gpus)
+
+
+def _idle(servers: RolloutServers, *, size: int, gpus: int) -> tuple[Path, str]:
+    """Say that a server would hold GPUs that no process of it uses, and what uses all of them."""
+    copies, nodes = servers.data_parallel_size, servers.nodes_per_replica
+    used = size * copies
+    ways = []
+    if servers.tensor_parallel_size is None:
+        key, is_now = "dataParallelSize", f"is {copies}"
+        ways.append(f"dataParallelSize: {next(n for n in range(copies, gpus + 1) if gpus % n == 0)}")
+    else:
+        key, is_now = "tensorParallelSize", f"is {size}" + (f" for each of {copies} copies of the model" * (copies > 1))
+        if gpus % copies == 0:
+            ways.append(f"tensorParallelSize: {gpus // copies}")
+        if nodes == 1 and gpus % size == 0:
+            ways.append(f"dataParallelSize: {gpus // size}")
+    ways.append(f"gpusPerNode: {used // nodes}")
+    idle = f"{gpus - used} of a server's {gpus} GPUs would idle"
+    return (*_SERVER, key), f"{is_now}, and {idle}: write {join_names(ways, conjunction='or')}"
 
 
 def _value(grpo: Grpo, key: str) -> object:

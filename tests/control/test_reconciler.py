@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from posttrain.api.conditions import TRAINING_RUN_CONDITIONS
-from posttrain.contract.facts import CheckpointSaved, PrepareResult, Started
+from posttrain.contract.facts import CheckpointSaved, PrepareResult, ResultFact, Started
 from posttrain.contract.result import Result
 from posttrain.control.drift import has_drifted
 from posttrain.control.kinds import (
@@ -1936,6 +1936,21 @@ def test_nothing_is_told_before_the_status_stands() -> None:
         bench.look()
 
     assert bench.events() == []
+
+
+def test_the_model_of_the_node_that_knows_it_is_told_although_another_one_was_heard_first() -> None:
+    bench = Bench()
+    bench.submit(resources={"numNodes": 2, "gpusPerNode": 1})
+    run_gang(bench)
+    of_a_worker = Result(reason="Completed", message="The run is complete.")
+    bench.others.tell(ResultFact(result=of_a_worker), attempt=1, source="launch-1")
+    bench.others.end_pod("demo-a1-worker-0", exit_code=0, result=of_a_worker)
+    bench.others.end_pod("demo-a1-master-0", exit_code=0, result=COMPLETED)
+    bench.others.end_job(1, "Succeeded")
+    bench.settle()
+
+    assert bench.condition("Succeeded").message == COMPLETED.message
+    assert bench.status.model and bench.status.model.uri == "pvc://demo/demo/final"
 
 
 # --- Prepare ---------------------------------------------------------------------------------------------------------

@@ -34,5 +34,6 @@ def test_a_model_is_trained_by_two_pods_and_lies_on_the_claim(run: ClusterRun) -
     progress = ended["progress"]
     assert (progress["step"], progress["maxSteps"], progress["worldSize"], progress["percentage"]) == (6, 6, 2, 100)
     assert ended["checkpoints"]["latestStep"] == 6
+    assert ended["model"] == {"uri": f"pvc://shared/{run.name}/model"}
     storage = run.cluster.folder / "volumes" / run.namespace / "shared"
     assert list(storage.rglob("model.safetensors")), sorted(path.name for path in storage.rglob("*"))

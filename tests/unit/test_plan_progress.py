@@ -321,6 +321,19 @@ def test_a_result_is_not_replaced_by_the_end_that_follows_it() -> None:
     assert both.result.artifacts == {"model": "pvc://c/r/model"}
 
 
+@pytest.mark.parametrize("first", ["launch-0", "launch-1"])
+def test_the_result_that_names_the_model_counts_whichever_node_ends_first(first: str) -> None:
+    told = {
+        "launch-0": Result(reason="Completed", message="done", artifacts={"model": "pvc://c/r/model"}),
+        "launch-1": Result(reason="Completed", message="The run is complete."),
+    }
+    order = sorted(told, key=lambda source: source != first)
+    progress = take(None, *(build_report(ResultFact(result=told[source]), source=source) for source in order))
+
+    assert progress.result is not None
+    assert (progress.result.message, progress.result.artifacts) == ("done", {"model": "pvc://c/r/model"})
+
+
 def test_logged_numbers_are_metrics_and_points_of_the_curves() -> None:
     progress = take(None, build_report(started(), logged(5, "2.0"), logged(10, "1.5")))
 

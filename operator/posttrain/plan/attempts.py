@@ -110,19 +110,21 @@ def completed_result(gang: Gang) -> ResultReport | None:
     """Return the result of a gang whose job succeeded and which says itself that it is complete."""
     if gang.job is None or gang.job.phase != "Succeeded":
         return None
-    if gang.result is not None and gang.result.reason == COMPLETED:
-        return gang.result
+    told = [gang.result] if gang.result is not None and gang.result.reason == COMPLETED else []
     for pod in gang.pods:
         result = _termination_result(pod)
         if result is not None and result.reason == COMPLETED and pod_phase(pod) == "Succeeded":
-            return ResultReport(
-                reason=result.reason,
-                message=result.message,
-                advice=result.advice or None,
-                metrics=result.metrics or None,
-                artifacts=result.artifacts or None,
+            told.append(
+                ResultReport(
+                    reason=result.reason,
+                    message=result.message,
+                    advice=result.advice or None,
+                    metrics=result.metrics or None,
+                    artifacts=result.artifacts or None,
+                )
             )
-    return None
+    # Every node says so, and only rank 0's knows what was made: whoever is heard first.
+    return next((result for result in told if result.artifacts), told[0] if told else None)
 
 
 def settling_until(gang: Gang, *, now: datetime) -> datetime | None:

@@ -44,6 +44,7 @@ from posttrain.contract.facts import (
     is_urgent,
 )
 from posttrain.contract.progress import KubeflowReport
+from posttrain.contract.result import Result
 
 HISTORY_MAX_POINTS = 32
 METRICS_KEPT = 20
@@ -346,10 +347,9 @@ def _take_error(progress: Progress, error: FirstError) -> Progress:
 
 def _take_result(progress: Progress, ended: ResultFact, *, attempt: int, received_at: datetime) -> Progress:
     progress = _take_last_step(progress, ended.last_step, attempt=attempt, received_at=received_at)
-    known = progress.result
-    if attempt != progress.attempt or (known and known.reason not in CONSEQUENCES):
+    known, result = progress.result, ended.result
+    if attempt != progress.attempt or (known and not _gives_way(known, to=result)):
         return progress
-    result = ended.result
     return _with(
         progress,
         result=ResultReport(
@@ -360,6 +360,11 @@ def _take_result(progress: Progress, ended: ResultFact, *, attempt: int, receive
             artifacts=_shorten_values(result.artifacts) or None,
         ),
     )
+
+
+def _gives_way(known: ResultReport, *, to: Result) -> bool:
+    """Return whether another result says more: what this one followed from, or what was made, which one node knows."""
+    return known.reason in CONSEQUENCES or (known.reason == to.reason and not known.artifacts and bool(to.artifacts))
 
 
 def _take_last_step(progress: Progress, last_step: int | None, *, attempt: int, received_at: datetime) -> Progress:

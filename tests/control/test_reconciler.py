@@ -697,11 +697,17 @@ def test_what_prepare_found_ends_a_run_although_something_stands_in_its_way() ->
     assert bench.says("Finished") == ("True", "DatasetEmpty")
 
 
-def test_a_run_whose_spec_is_refused_while_it_is_prepared_is_suspended_all_the_same() -> None:
+def refuse_run_that_is_prepared() -> Bench:
+    """Let a run be prepared, and its profile be taken away meanwhile."""
     bench = bench_with_profiles()
     bench.submit(prepare={"enabled": True}, resources={"gpusPerNode": 1, "profile": "h200"})
     bench.settle()
     take_profile_away(bench)
+    return bench
+
+
+def test_a_run_whose_spec_is_refused_while_it_is_prepared_is_suspended_all_the_same() -> None:
+    bench = refuse_run_that_is_prepared()
     bench.settle()
     assert (bench.status.stage, bench.says("Accepted")) == ("Preparing", ("False", "InvalidSpec"))
     bench.others.change_run(suspend=True)
@@ -712,10 +718,7 @@ def test_a_run_whose_spec_is_refused_while_it_is_prepared_is_suspended_all_the_s
 
 
 def test_what_prepare_found_ends_a_run_although_its_spec_is_refused() -> None:
-    bench = bench_with_profiles()
-    bench.submit(prepare={"enabled": True}, resources={"gpusPerNode": 1, "profile": "h200"})
-    bench.settle()
-    take_profile_away(bench)
+    bench = refuse_run_that_is_prepared()
     bench.others.tell(PrepareResult(problems=("DatasetEmpty: no row is left",)), attempt=0, source="prepare")
     bench.others.end_prepare("Failed")
     bench.settle()
@@ -724,10 +727,7 @@ def test_what_prepare_found_ends_a_run_although_its_spec_is_refused() -> None:
 
 
 def test_a_run_whose_spec_is_refused_begins_nothing_when_it_is_prepared() -> None:
-    bench = bench_with_profiles()
-    bench.submit(prepare={"enabled": True}, resources={"gpusPerNode": 1, "profile": "h200"})
-    bench.settle()
-    take_profile_away(bench)
+    bench = refuse_run_that_is_prepared()
     bench.others.tell(PrepareResult(problems=()), attempt=0, source="prepare")
     bench.others.end_prepare()
     bench.settle()

@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.contract import environment
 from posttrain.contract.result import ExitCode
-from posttrain.control.kinds import DEPLOYMENT, NETWORK_POLICY, PYTORCHJOB, STATEFUL_SET
+from posttrain.control.kinds import CONFIG_MAP, DEPLOYMENT, NETWORK_POLICY, PYTORCHJOB, STATEFUL_SET
 from posttrain.control.port import Rejected
 from posttrain.settings import Profile, Settings
 from tests.support.bench import Bench, wait_out_pending_deadline
@@ -259,6 +259,21 @@ def test_settings_that_were_mended_reach_servers_that_are_refused() -> None:
         bench.wait(31)
     assert bench.says("Accepted") == ("True", "Accepted")
     assert bench.names(STATEFUL_SET) == ["StatefulSet demo-server"]
+
+
+def test_servers_that_run_keep_their_configuration_when_their_repair_is_refused_under_other_settings() -> None:
+    bench = Bench()
+    submit(bench)
+    bench.settings = Settings(termination_grace_seconds=600)
+    bench.start()
+    bench.port.refuse = lambda call: Rejected("no") if call.kind == STATEFUL_SET and call.method == "apply" else None
+    servers = bench.others.find(STATEFUL_SET, "demo-server")
+    assert servers is not None
+    bench.cluster.put({**servers, "spec": {**servers["spec"], "replicas": 1}})
+    bench.settle()
+
+    assert bench.condition("Accepted").message == "StatefulSet demo-server was refused: no"
+    assert bench.others.find(CONFIG_MAP, "demo-server") is not None
 
 
 def test_a_server_on_a_node_that_is_lost_is_told_of_with_what_brings_it_back() -> None:

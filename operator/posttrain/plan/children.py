@@ -104,8 +104,9 @@ def outdated_configs(situation: Situation) -> tuple[ObjectRef, ...]:
     if config is not None and situation.is_begun and job_ref(situation.name, attempt=situation.attempt) in rejected:
         _, job = _render_attempt(situation)
         outdated += [] if _kept_job(situation) == (job,) else [ObjectRef.of(config)]
-    config = situation.observed.objects.get(servers_config_ref(situation.name))
-    if config is not None and servers_ref(situation.name) in rejected and not _lacks_flavors(situation):
+    config, made = situation.observed.objects.get(servers_config_ref(situation.name)), servers_ref(situation.name)
+    there = made in situation.observed.objects or situation.live_server_pods  # what is refused then is a repair
+    if config is not None and made in rejected and not there and not _lacks_flavors(situation):
         _, servers = _render_servers(situation)
         outdated += [] if json.loads(config["data"][JOB_FILE]) == servers else [ObjectRef.of(config)]
     return tuple(outdated)
